@@ -23,6 +23,7 @@ AUTO = {                         # what "auto" means, by data
     "toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},
     "folder": {"size": [128], "epochs": 20, "batch_size": 64, "lr": 1e-3},
 }
+DECAY = 0.9                      # of the codebook's moving averages; Sonnet has 0.99
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
 FILL = 0.5                       # grey, in the place of what is masked
 SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
@@ -106,19 +107,14 @@ def parse_args(argv=None):
 ## small grid of vectors, the quantiser replaces each by the nearest of K learned codes, and the
 ## decoder turns the grid of codes back into an image; with another head, into a segmentation.
 
-class ResidualStack(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), several times: (B, width, H, W) in and out."""
-
-    def __init__(self, width, hidden, blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
-                          nn.ReLU(), nn.Conv2d(hidden, width, 1)) for _ in range(blocks))
+class Residual(nn.Sequential):
+    """x + conv1x1(relu(conv3x3(relu(x)))): (B, width, H, W) in and out."""
+    def __init__(self, width, hidden):
+        super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
+                         nn.ReLU(), nn.Conv2d(hidden, width, 1))
 
     def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return F.relu(x)
+        return x + super().forward(x)
 
 def sum_over_ranks(x):
     """x summed in place over the processes of a torchrun; x itself in an ordinary run."""
@@ -129,16 +125,12 @@ def sum_over_ranks(x):
 class Quantiser(nn.Module):
     """Nearest-code lookup (VQ-VAE, eq. 1 and 2) in a codebook that follows the encoder by moving
     averages, without gradients (appendix A.1). In eval mode no buffer changes.
-
     forward: z (B, D, H, W), keep None or (B, H, W) bool, False where the input was masked
              -> q (B, D, H, W), commitment loss (), ids (B, H, W) int64 in [0, K)."""
-
-    def __init__(self, K, D, decay=0.9):
+    def __init__(self, K, D):
         super().__init__()
-        self.decay = decay
         self.register_buffer("codes", torch.zeros(K, D))
         self.register_buffer("counts", torch.zeros(K))        # vectors a step, moving average
-        self.register_buffer("sums", torch.zeros(K, D))       # of those vectors; code = sum / count
 
     def forward(self, z, keep=None):
         B, D, H, W = z.shape
@@ -165,31 +157,32 @@ class Quantiser(nn.Module):
         return torch.cat([torch.addmm(squares, r, self.codes.T, alpha=-2).argmin(1) for r in rows])
 
     def revive(self, flat, weight):
-        """Move codes that hardly any vector uses onto random vectors of this batch: code, count and
-        sum together. At first no code is in use, so this also starts the codebook from data."""
-        K, grouped = len(self.codes), dist.is_initialized()
+        """Move codes that hardly any vector uses onto random vectors of this batch, as if they had
+        the usual count. At first no code is in use, so this also starts the codebook from data."""
+        grouped = dist.is_initialized()
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         kept = flat.new_zeros(ranks)
         kept[rank] = weight.sum()
         kept = sum_over_ranks(kept)                           # vectors that count, on each rank
-        usual = kept.sum() / K                                # mean use of a code
+        usual = kept.sum() / len(self.codes)
         ## K random places among the kept vectors of all ranks; each rank fills in those it holds.
-        place = torch.rand(K).to(flat.device) * kept.sum() - kept[:rank].sum()
+        place = torch.rand(len(self.codes)).to(flat.device) * kept.sum() - kept[:rank].sum()
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         held = (place >= 0) & (place < kept[rank])
         fresh = sum_over_ranks(flat[row] * held[:, None])               # (K, D)
-        dead = self.counts < 0.1 * usual                      # tuned: a tenth of the mean use
+        dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
-        self.sums.copy_(torch.where(dead[:, None], fresh * usual, self.sums))
         self.counts.copy_(torch.where(dead, usual, self.counts))
 
     def follow(self, flat, ids, weight):
-        """count <- decay count + (1 - decay) new count, sums alike, code = sum / count (eq. 6-8)."""
+        """Count and sum of the vectors of each code decay by DECAY and take in this batch (eq. 6
+        and 7); the code is sum / count (eq. 8), so the old sum is code x count."""
         counts = torch.zeros_like(self.counts).index_add_(0, ids, weight)
-        sums = torch.zeros_like(self.sums).index_add_(0, ids, flat * weight[:, None])
-        self.counts.lerp_(sum_over_ranks(counts), 1 - self.decay)
-        self.sums.lerp_(sum_over_ranks(sums), 1 - self.decay)
-        self.codes.copy_(self.sums / self.counts[:, None])
+        sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
+        old, new = DECAY * self.counts, (1 - DECAY) * sum_over_ranks(counts)
+        sums = self.codes * old[:, None] + (1 - DECAY) * sum_over_ranks(sums)
+        self.counts.copy_(old + new)
+        self.codes.copy_(sums / self.counts[:, None])
 
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
@@ -199,16 +192,13 @@ def start(layer):
         taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
         nn.init.zeros_(layer.bias)
-    elif isinstance(layer, ResidualStack):
-        for block in layer.blocks:
-            nn.init.zeros_(block[3].weight)
+    elif isinstance(layer, Residual):
+        nn.init.zeros_(layer[3].weight)
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
-
     forward: x (B, 3, H, W) in [0, 1], keep None or (B, 1, H, W) bool, False for a masked pixel
              -> output (B, out_channels, H, W), commitment loss (), ids (B, H/2^downs, W/2^downs)."""
-
     def __init__(self, out_channels, width, residual_width, residual_blocks, downs, K=512, D=64):
         super().__init__()
         self.downs = downs
@@ -217,14 +207,12 @@ class VQVAE(nn.Module):
         for a, b in zip(widths, widths[1:]):
             down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]       # halves H and W
             up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), nn.ReLU()] + up
-        self.encoder = nn.Sequential(
-            *down, nn.Conv2d(width, width, 3, padding=1),
-            ResidualStack(width, residual_width, residual_blocks),
-            nn.Conv2d(width, D, 1))
+        think = lambda: [Residual(width, residual_width) for _ in range(residual_blocks)]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, width, 3, padding=1), *think(),
+                                     nn.ReLU(), nn.Conv2d(width, D, 1))
         self.quantiser = Quantiser(K, D)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(D, width, 3, padding=1),
-            ResidualStack(width, residual_width, residual_blocks), *up[:-2])
+        self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
+                                     *up[:-2])
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         self.apply(start)
 
@@ -388,7 +376,8 @@ def check(model, images, index, variance, args, amp=False):
             squared_error(mean_fill(x, keep), x, torch.ones_like(keep)),
             squared_error(mean_fill(x, keep), x, ~keep),
             (commitment * len(x), torch.tensor(len(x), device=device)))])
-        use += torch.bincount(ids.flatten(), minlength=len(use))
+        open_ = F.max_pool2d(keep.float(), 2 ** model.downs)[:, 0] > 0      # cells not all masked
+        use += torch.bincount(ids[open_], minlength=len(use))
     error, masked, fill, fill_masked, commitment = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
     v = variance
     return {"loss": error / v + COMMITMENT * commitment, "error": error / v, "masked": masked / v,
