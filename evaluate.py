@@ -1,0 +1,545 @@
+"""Score finished segmenters on photos they have never seen: stage 3 of 3.
+
+WHAT IT DOES    Reads model.pt2 files, programs made by torch.export that turn photos (B, 3, H, W) in
+  [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix an image, all scores from
+  these. It holds no architecture, so a program from any other segmenter is scored as well.
+YOU WILL LEARN
+  - why a file can run code, and what to look at before it is loaded -> inspect_program
+  - that every score is a few sums over one integer matrix -> image_counts, class_scores
+  - how one network gets seven different "Dice" from seven definitions -> published_scores
+RUN IT          python evaluate.py                                  every run under checkpoints/
+                python evaluate.py checkpoints/finetune --split val
+                python evaluate.py --blur 50 --as-published --json scores.json
+WHAT TO EXPECT  @CARD@
+  A broken run stands level with a baseline: a network that answers "all background" is right on more
+  than half of the pixels.
+"""
+import argparse, hashlib, io, json, os, re, sys, time, zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.export.passes import move_to_device_pass
+
+# --- knobs ----------------------------------------------------------------------------------------
+
+SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
+CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
+PETS = ["pet", "background", "border"]
+IGNORE = 255                     # label of pixels that count neither in a loss nor in a score
+FORMAT = 1                       # of the checkpoints
+CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
+        "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
+HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
+            {})                  # --help shows this docstring as it is, and the defaults
+
+def fail(message):
+    """Bad input: one line on stderr that says what to do, exit code 2."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+def number(kind, low, high):
+    """An argparse type: 'auto', or a number of that kind in [low, high]."""
+    def parse(text):
+        if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return text if text == "auto" else kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
+    p.error = fail
+    p.add_argument("runs", nargs="*", default=[], help="run folders or .pt2 files; none: every "
+                   "finished run directly under checkpoints/")
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="toy, pets or a folder; without it, what each program was trained on")
+    add("--root", help="where the data sets lie; without it, where they lay in training, or data")
+    add("--split", choices=("test", "val"), default="test", help="test is for the end: choose on val")
+    add("--blur", type=number(float, 0, 100), default=0.0, help="percent; 100 is 10 pixels at 120")
+    add = p.add_argument_group("runtime").add_argument
+    add("--batch-size", type=number(int, 1, 10**6), default=64, help="changes no score")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
+    add = p.add_argument_group("output").add_argument
+    add("--as-published", action="store_true", help="also the definitions behind published numbers")
+    add("--json", help="write the scores to this file too, a list with an object for each run")
+    return p.parse_args(argv)
+
+# --- programs -------------------------------------------------------------------------------------
+## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it: pickles in
+## it run code, size expressions are evaluated, operators are looked up by name anywhere in torch, and
+## compiled libraries are loaded. So every such place is looked at first, and what is odd is refused.
+
+NAMES = re.compile(r"(archive_format|archive_version|byteorder|\.data/\w+|\.format_version|"
+                   r"\.storage_alignment|models/model\.json|data/sample_inputs/model\.pt|"
+                   r"data/(weights|constants)/((weight|tensor)_\d+|model_\w+_config\.json)|"
+                   r"extra/meta\.json)")
+SYMBOL = re.compile(r"Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)")
+SIZES = re.compile(r"((Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b|[-\d\s(),])*")
+TARGETS = re.compile(r"torch\.ops\.(aten|higher_order|torchvision)\.\w+(\.\w+)?|_operator\.(getitem|"
+                     r"add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
+
+def walk(node):
+    """Every (key, value) anywhere inside a JSON value."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield key, value
+        if isinstance(value, (dict, list)):
+            yield from walk(value)
+
+def inspect_program(path):
+    """Look into the archive without running anything of it -> its meta.json; ValueError names what
+    was refused."""
+    with zipfile.ZipFile(path) as archive:
+        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if sum(info.file_size for info in infos.values()) > 2 * os.path.getsize(path):
+            raise ValueError("it unpacks to far more than its size")
+        read = lambda name: archive.read(infos[name])
+        for name in infos:
+            if not NAMES.fullmatch(name):
+                raise ValueError(f"it holds {name!r}, which a plain program does not")
+        graph = json.loads(read("models/model.json"))
+        for kind in ("weights", "constants"):
+            for key, value in walk(json.loads(read(f"data/{kind}/model_{kind}_config.json"))):
+                if key == "use_pickle" and value is not False:
+                    raise ValueError(f"its {kind} are pickled")
+                if key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", value):
+                    raise ValueError(f"its {kind} hold the object {value!r}")
+        for key, value in walk(graph):
+            if key == "expr_str" and not SIZES.fullmatch(SYMBOL.sub("1", value)):
+                raise ValueError(f"the size {value!r} is more than arithmetic")
+            if key == "target" and isinstance(value, str) and not TARGETS.fullmatch(value):
+                raise ValueError(f"it calls {value!r}")
+        if graph.get("guards_code"):
+            raise ValueError(f"it brings code: {graph['guards_code'][0]!r}")
+        try:
+            torch.load(io.BytesIO(read("data/sample_inputs/model.pt")), weights_only=True)
+        except Exception as error:
+            raise ValueError("its sample inputs are more than tensors") from error
+        return json.loads(read("extra/meta.json"))
+
+def open_program(path, device):
+    """A .pt2 file -> segment(x), which maps (B, 3, H, W) float in [0, 1] to logits (B, C, H, W), and
+    its meta.json with classes, size as [H, W] and ignore."""
+    try:
+        meta = inspect_program(path)
+        meta["size"] = [meta["size"]] * 2 if isinstance(meta["size"], int) else list(meta["size"])
+        meta["classes"], meta["ignore"] = [str(name) for name in meta["classes"]], meta["ignore"]
+        program = torch.export.load(path)
+        if device.type != "cpu":
+            program = move_to_device_pass(program, device)
+        segment = program.module()
+        shape = tuple(segment(torch.zeros(3, 3, *meta["size"], device=device)).shape)
+    except FileNotFoundError:
+        fail(f"{path}: no such file; train first, for instance with python finetune.py")
+    except KeyError as error:
+        fail(f"{path}: refused: {error} is missing in it; wanted a program as finetune.py exports it")
+    except Exception as error:
+        fail(f"{path}: refused: {(str(error).splitlines() or [type(error).__name__])[0][:150]}")
+    if shape != (3, len(meta["classes"]), *meta["size"]):
+        fail(f"{path}: refused: for 3 photos it answers {shape}, wanted "
+             f"{(3, len(meta['classes']), *meta['size'])}")
+    return segment, meta
+
+# --- scores ---------------------------------------------------------------------------------------
+
+def image_counts(hard, masks, C):
+    """(B, H, W) predicted and true labels -> (B, C, C) int64, pixels by truth (down) and prediction
+    (across) of each image; pixels of the label IGNORE are in none."""
+    B = len(masks)
+    cell = torch.where(masks == IGNORE, C * C, masks.long() * C + hard)               # (B, H, W)
+    cell = cell + torch.arange(B, device=cell.device).view(B, 1, 1) * (C * C + 1)
+    counts = torch.bincount(cell.flatten(), minlength=B * (C * C + 1))
+    return counts.view(B, C * C + 1)[:, :-1].view(B, C, C)
+
+def ratio(top, bottom):
+    """top / bottom, nan where bottom is 0."""
+    return top.double() / bottom.double()
+
+def class_scores(counts, names):
+    """Scores of a whole split from its matrices (N, C, C); names are those of the classes that count,
+    the last of C. A class that never occurs is nan and left out of the means."""
+    n, whole = len(names), counts.sum(0)
+    hit, truth, guess = whole.diag()[-n:], whole.sum(1)[-n:], whole.sum(0)[-n:]
+    each = {"iou": ratio(hit, truth + guess - hit), "dice": ratio(2 * hit, truth + guess),
+            "precision": ratio(hit, guess), "recall": ratio(hit, truth)}
+    each["f1"] = 2 * each["precision"] * each["recall"] / (each["precision"] + each["recall"])
+    seen = truth + guess > 0
+    for name in ("precision", "recall", "f1"):         # never guessed, or never right: 0
+        each[name] = torch.where(seen, each[name].nan_to_num(), torch.nan)
+    out = {"accuracy": ratio(whole.diag().sum(), whole.sum()).item(),
+           "miou": each["iou"].nanmean().item()}
+    out |= {name: each[name].nanmean().item() for name in ("dice", "precision", "recall", "f1")}
+    hit, both = counts.diagonal(dim1=1, dim2=2)[:, -n:], (counts.sum(1) + counts.sum(2))[:, -n:]
+    out["image_miou"] = ratio(hit, both - hit).nan_to_num(1).mean().item()     # empty on empty: 1
+    out["image_dice"] = ratio(2 * hit, both).nan_to_num(1).mean().item()
+    out["classes"] = {label: {name: values[i].item() if seen[i] else None
+                              for name, values in each.items()} for i, label in enumerate(names)}
+    return out
+
+def pet_scores(counts, breeds):
+    """For the pets: the pet alone, with border pixels left out and with border counted as pet, and
+    mean IoU for each species (the names of cat breeds begin with a capital)."""
+    c = counts.sum(0).double()
+    inner = (c[0, 0] / (c[0].sum() + c[1, 0])).item()          # wrong outside: only on background
+    outer = (c[::2, ::2].sum() / (c.sum() - c[1, 1])).item()   # rows and columns 0 and 2 are one
+    cat = torch.tensor([breed[0].isupper() for breed in breeds])
+    return {"pet_iou_without_border": inner, "pet_iou_border_as_pet": outer,
+            **{f"{kind}_{key}": value for kind, which in (("cat", cat), ("dog", ~cat))
+               for key, value in class_scores(counts[which], PETS).items() if key != "classes"}}
+
+def soft_sums(logits, masks):
+    """(B, 2, 3): |P and T|, |P|, |T| summed over channels and pixels of each image, with P the
+    sigmoid of the logits, and with P the sigmoid of that."""
+    C = logits.shape[1]
+    labels = torch.arange(C, device=masks.device).view(1, -1, 1, 1) + (C == 1)
+    y, valid = (masks[:, None] == labels).float(), (masks[:, None] != IGNORE).float()
+    sums = [torch.stack([(p * y).sum((1, 2, 3)), (p * valid).sum((1, 2, 3)), y.sum((1, 2, 3))], 1)
+            for p in (logits.sigmoid(), logits.sigmoid().sigmoid())]
+    return torch.stack(sums, 1)
+
+def published_scores(counts, soft, names):
+    """The definitions behind the numbers of five earlier projects, on this network's answers. All of
+    them are called Dice or IoU there."""
+    n = len(names)
+    hit = lambda c: c.diagonal(dim1=1, dim2=2)[:, -n:]
+    both = lambda c: (c.sum(1) + c.sum(2))[:, -n:]
+    pooled = lambda x, size: torch.stack([part.sum(0) for part in x.split(size)])
+    out = {}
+    for key, (i, p, t) in (("D1", soft[:, 0].T.double()), ("D2", soft[:, 1].T.double())):
+        out[f"{key}_dice"] = (2 * (i + 1e-5) / (p + t + 1e-5)).mean().item()
+        out[f"{key}_iou"] = ((i + 1e-5) / (p + t - i + 1e-5)).mean().item()
+    c = pooled(counts, 32).double()                    # D3: hard, macro, batches of 32
+    out["D3_dice"] = (2 * hit(c) / both(c)).nan_to_num(0).mean().item()
+    out["D3_iou"] = ((hit(c) + 1e-6) / (both(c) - hit(c) + 1e-6)).mean().item()
+    right = counts.diagonal(dim1=1, dim2=2).sum(1)     # D4: mean accuracy of the images
+    out["D4_accuracy"] = ratio(right, counts.sum((1, 2))).nanmean().item()
+    first = class_scores(counts, names)["classes"][names[0]]     # D5: pooled, of the first class
+    out |= {f"D5_{name}": first[name] or 0.0 for name in ("precision", "recall", "f1", "iou")}
+    i, p, t = pooled(soft[:, 0], 4).T.double()         # D6: soft, pooled over batches of 4
+    out["D6_dice"] = ((2 * i + 1e-6) / (p + t + 1e-6)).mean().item()
+    out["D6_iou"] = ((i + 1e-6) / (p + t - i + 1e-6)).mean().item()
+    present = counts.sum(2)[:, -n:] > 0                # D7: classes in the truth, batches of 8
+    dice = (2 * hit(counts) / both(counts)).nan_to_num(0) * present
+    each = dice.sum(1) / present.sum(1).clamp(min=1)
+    out["D7_dice"] = torch.stack([part.mean() for part in each.split(8)]).mean().item()
+    return out
+def pick_device(name):
+    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+    try:
+        device = torch.empty(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available()
+                             else "mps" if torch.backends.mps.is_available() else "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device, fast if device.type == "cpu" else \
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+def progress(text):
+    """One rewritten line, on a terminal only; an empty text wipes it."""
+    if sys.stdout.isatty():
+        print(f"\r{text:<39.39}\r", end="", flush=True)
+
+# --- labelled data --------------------------------------------------------------------------------
+# The same in every segmenter.
+
+def draw_toy(n, size, seed):
+    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
+    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
+    images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
+    for first in range(0, n, 256):
+        g, b = torch.Generator().manual_seed(seed * 100003 + first), min(256, n - first)
+        u = lambda low, high, c=1: low + (high - low) * torch.rand(b, c, 1, 1, generator=g)
+        breed, zoom, flip = (first + torch.arange(b)) % 37, u(0.55, 0.9), u(-1, 1).sign()
+        X, Y = flip * (x - u(-0.3, 0.3)) / zoom, (y - u(-0.25, 0.25)) / zoom   # (b, 1, H, W)
+        disc = lambda cx, cy, rx, ry: ((X - cx) / rx) ** 2 + ((Y - cy) / ry) ** 2 < 1
+        ear = lambda cx: ((X - cx).abs() < 0.4 * (Y + 1.05)) & (Y < -0.45)     # pointed: a cat
+        flap = disc(-0.85, -0.2, 0.14, 0.38) | disc(-0.05, -0.2, 0.14, 0.38)   # hanging: a dog
+        pet = torch.where((breed < 12).view(b, 1, 1, 1), ear(-0.68) | ear(-0.22), flap)
+        for cx, cy, rx, ry in ((-0.45, -0.3, 0.4, 0.38), (0.3, 0.3, 0.75, 0.4),
+                               (1.1, -0.05, 0.1, 0.45), (-0.1, 0.7, 0.12, 0.4), (0.7, 0.7, 0.12, 0.4)):
+            pet = pet | disc(cx, cy, rx, ry)                                   # head, body, tail, legs
+        ball = disc(u(-1.4, 1.4), u(-1.2, 1.2), 0.3, 0.3)
+        wave = lambda low, high: torch.sin(
+            (x * u(-1, 1, 3) + y * u(-1, 1, 3)) * u(low, high, 3) + u(0, 6.3, 3)).mean(1, True)
+        tint, grain = u(0.2, 0.8, 3), torch.randn(b, 1, *size, generator=g)
+        fur = tint + u(-0.15, 0.15, 3) + 0.2 * wave(20, 40) + 0.06 * grain
+        ground = tint + u(-0.25, 0.25, 3) + 0.3 * wave(2, 12) + 0.03 * grain
+        k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
+        wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
+        images[first:first + b] = torch.where(pet | ball, fur, ground).clamp(0, 1).mul(255).byte()
+        masks[first:first + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+    return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
+
+def subset(breeds, share):
+    """A seeded share of each breed, at least one photo, and the others: two lists of numbers. A
+    larger share contains a smaller."""
+    order = torch.randperm(len(breeds), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+    size, seen, lists = Counter(breeds), Counter(), ([], [])
+    for i in order:
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)
+        seen[breeds[i]] += 1
+    return sorted(lists[0]), sorted(lists[1])
+
+def pet_files(root, part):
+    """Oxford-IIIT Pet, official split, a tenth of trainval for validation -> pairs, breeds."""
+    base = Path(root, "oxford-iiit-pet")
+    if not (base / "annotations/trainval.txt").exists():
+        from torchvision.datasets import OxfordIIITPet       # here: importing it takes a while
+        try:
+            OxfordIIITPet(root, download=True)
+        except Exception as error:
+            fail(f"the pets could not be downloaded ({error}); unpack images.tar.gz and annotations"
+                 f".tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets in {base}, or --data toy")
+    lines = (base / f"annotations/{'test' if part == 'test' else 'trainval'}.txt").read_text()
+    names = [line.split()[0] for line in lines.splitlines() if line and line[0] != "#"]
+    pairs = [(base / f"images/{n}.jpg", base / f"annotations/trimaps/{n}.png") for n in names]
+    breeds = [name.rsplit("_", 1)[0] for name in names]
+    keep = range(len(names)) if part == "test" else subset(breeds, 0.1)[part == "train"]
+    return [pairs[i] for i in keep], [breeds[i] for i in keep]
+
+def folder_files(folder, part):
+    """images/ and masks/ with equal stems under train/ val/ test/, or flat; a flat folder gives a
+    tenth to test, a missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
+    flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
+    base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
+    photos, masks = ({f.stem: f for f in sorted(base.glob(f"{d}/[!.]*"))} for d in ("images", "masks"))
+    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["*"]):
+        fail(f"{base}: '{stem}' wanted in both images/ and masks/")
+    keep = list(range(len(photos)))
+    test, rest = subset([""] * len(keep), 0.1) if flat else (keep, keep)
+    val, train = subset([""] * len(rest), 0.1) if cut else (range(len(rest)), range(len(rest)))
+    keep = test if part == "test" else [rest[i] for i in (val if part == "val" else train)]
+    pairs = [list(zip(photos.values(), (masks[stem] for stem in photos)))[i] for i in keep]
+    return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
+
+def read_pair(pair, size):
+    """(photo, mask) files -> (4, H, W) uint8, RGB and labels; EXIF rotation is undone."""
+    try:
+        with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
+            whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
+            if mask.mode not in ("1", "L", "P") or mask.size != whole:
+                raise ValueError(f"photo of {whole}, mask of {mask.size} pixels in mode {mask.mode}; "
+                                 "wanted the same size and one 8-bit channel of labels")
+            photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
+            rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
+            labels = mask.resize(size[::-1], Image.NEAREST)
+            return np.dstack([np.asarray(rgb), np.asarray(labels, np.uint8)]).transpose(2, 0, 1)
+    except Exception as error:                         # whatever a broken file can provoke
+        fail(f"{pair[0]}: {error}")
+
+def decode(pairs, size):
+    """Read every pair once, in threads -> (N, 4, H, W) uint8, mapped from a file in data/cache/ whose
+    name hangs on the paths, sizes and times of what was read."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+             for pair in pairs for file in pair]
+    key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
+    cache, began = CACHE / f"{key}.npy", time.perf_counter()
+    try:
+        return torch.from_numpy(np.load(cache, mmap_mode="c"))
+    except (OSError, ValueError):                      # not there yet, or cut short
+        array = np.empty((len(pairs), 4, *size), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
+            array[i] = pixels
+            progress(f" decoding {i}/{len(pairs)}")
+    save(cache, lambda file: np.save(file, array))
+    print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
+    return torch.from_numpy(array)
+
+def load_split(data, root, part, size, ignore):
+    """'toy', 'pets' or a folder; part 'train', 'val' or 'test' -> images (N, 3, H, W) uint8, masks
+    (N, H, W) uint8 of labels and IGNORE, breeds (N names), names of the classes."""
+    if data == "toy":
+        images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
+        keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]
+        return images[keep], masks[keep], [breeds[i] for i in keep], PETS
+    pairs, breeds = pet_files(root, part) if data == "pets" else folder_files(data, part)
+    images, masks = decode(pairs, size).split((3, 1), 1)
+    table, masks = torch.arange(256).byte(), masks[:, 0]                # (N, H, W)
+    values = set(masks.unique().tolist()) - {ignore}
+    if data == "pets":
+        table -= 1                                     # trimap 1, 2, 3: pet, background, border
+    elif values <= {0, 255}:
+        table[255] = 1                                 # a black and white mask
+    elif max(values) > 99:
+        i = (masks == max(values)).flatten(1).any(1).nonzero()[0].item()
+        fail(f"{pairs[i][1]}: has the values {masks[i].unique().tolist()[:9]}; wanted 0 and 255, or "
+             "labels 0 to C - 1, and --ignore L for one that is no class")
+    top = int(table[max(values, default=0)])
+    if ignore is not None:
+        table[ignore] = IGNORE
+    names = PETS if data == "pets" else [str(i) for i in range(top + 1)] if top > 1 else ["foreground"]
+    return images, table[masks.int()], breeds, names
+
+def save(path, write):
+    """write(file) under a temporary name, then rename: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
+        temporary.unlink(missing_ok=True)
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
+
+# --- pictures -------------------------------------------------------------------------------------
+
+COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
+COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # pet, ground, border
+
+def draw_overlay(path, images, masks, hard):
+    """Photo, truth over it and prediction over it for N photos, a row each; wrong pixels in red."""
+    photo = images.movedim(1, -1).float()                                    # (N, H, W, 3)
+    over = [(photo + COLOURS[m.long()]) / 2 for m in (masks, hard)]
+    wrong = ((hard != masks) & (masks != IGNORE))[..., None]
+    last = torch.where(wrong, torch.tensor([255.0, 0, 0]), photo)
+    rows = torch.cat([photo, *over, last], 2).flatten(0, 1).byte().numpy()   # (N H, 4 W, 3)
+    scale = max(1, 128 // images.shape[3])
+    picture = Image.fromarray(rows).resize((rows.shape[1] * scale, rows.shape[0] * scale), 0)
+    page = Image.new("RGB", (picture.width, picture.height + 20), "white")
+    page.paste(picture, (0, 20))
+    for i, title in enumerate(("photo", "truth", "prediction", "wrong in red")):
+        ImageDraw.Draw(page).text((i * picture.width // 4 + 6, 4), title, "black")
+    save(path, lambda file: page.save(file, "PNG"))
+
+def draw_curves(path, rows):
+    """Loss and mean IoU over the epochs, of training (grey) and validation (orange)."""
+    page = Image.new("RGB", (860, 330), "white")
+    draw = ImageDraw.Draw(page)
+    for left, title, keys in ((50, "loss", ("loss", "val_loss")), (470, "mean IoU", ("miou", "val_miou"))):
+        values = [row[key] for row in rows for key in keys]
+        low, high = (0, 1) if title != "loss" else (min(values), max(max(values), min(values) + 1e-9))
+        draw.text((left, 8), f"{title}: training grey, validation orange", "black")
+        for i in range(5):                                                   # grid and labels
+            y = 280 - 62 * i
+            draw.line((left, y, left + 360, y), "lightgrey")
+            draw.text((left - 36, y - 6), f"{low + (high - low) * i / 4:.2f}", "black")
+        for key, colour in zip(keys, ("grey", "darkorange")):
+            points = [(left + 360 * (i + 0.5) / len(rows), 280 - 248 * (row[key] - low) / (high - low))
+                      for i, row in enumerate(rows)]
+            draw.line(points, colour, 3)
+            x, y = points[-1]
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        draw.text((left, 290), "epoch 1", "black")
+        draw.text((left + 320, 290), f"epoch {len(rows)}", "black")
+    save(path, lambda file: page.save(file, "PNG"))
+
+# --- main -----------------------------------------------------------------------------------------
+
+def blur_photos(images, percent):
+    """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, more on a larger."""
+    if percent < 10:
+        return images
+    radius = int(percent / 10) * min(images.shape[2:]) / 120
+    soft = lambda image: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(soft, images.movedim(1, -1).contiguous().numpy()))
+    return torch.from_numpy(np.stack(rows)).movedim(-1, 1)
+
+@torch.inference_mode()
+def run_program(segment, images, masks, C, batch, device):
+    """A program over a whole split -> hard labels (N, H, W) uint8, matrices (N, C', C'), soft sums
+    (N, 2, 3), seconds."""
+    hard, counts, soft, began = [], [], [], time.perf_counter()
+    for x, y in zip(images.split(batch), masks.split(batch)):
+        x, y = x.to(device).float().div_(255), y.to(device)
+        logits = segment(x).float()
+        label = logits.argmax(1) if C > 1 else (logits[:, 0] > 0).long()      # (B, H, W)
+        hard.append(label.byte().cpu())
+        counts.append(image_counts(label, y, max(2, C)).cpu())
+        soft.append(soft_sums(logits, y).cpu())
+    return torch.cat(hard), torch.cat(counts), torch.cat(soft), time.perf_counter() - began
+
+def table(title, columns, rows):
+    """Aligned columns: rows of a name and numbers (None is a dash)."""
+    width = max(len(title), *(len(name) for name, _ in rows)) + 1
+    print("\n" + title.ljust(width) + "".join(f"{c:>{max(9, len(c) + 2)}}" for c in columns))
+    for name, values in rows:
+        print(name.ljust(width) + "".join(
+            f"{'-' if v is None or v != v else f'{v:.4f}':>{max(9, len(c) + 2)}}"
+            for c, v in zip(columns, values)))
+
+def all_scores(counts, soft, names, breeds, as_published):
+    """Every score of a split: of the classes, for pets of the species, if asked of the publications."""
+    out = class_scores(counts, names)
+    out |= pet_scores(counts, breeds) if names == PETS else {}
+    return out | (published_scores(counts, soft, names) if as_published else {})
+
+def main(argv=None):
+    args = parse_args(argv)
+
+    ## 1. The programs: those named, or every finished run.
+    paths = [Path(run, "model.pt2") if Path(run).is_dir() else Path(run) for run in args.runs] or \
+        [path for path in sorted(Path("checkpoints").glob("*/model.pt2"))
+         if path.parent.suffix != ".prev"]
+    if not paths:
+        fail("no finished run under checkpoints/; train one first: python pretrain.py and then "
+             "python finetune.py")
+    device, _ = pick_device(args.device)
+    print(f"evaluate.py  torch {torch.__version__}  {device}  split {args.split}  blur {args.blur:g} %")
+    programs = [(path, *open_program(path, device)) for path in paths]
+
+    ## 2. Each on its data; photos that several share are read once.
+    sets, records = {}, []
+    for path, segment, meta in programs:
+        trained = meta.get("args", {})
+        data = args.data or trained.get("data") or fail(f"{path}: give --data, it names none itself")
+        root, C = args.root or trained.get("root", "data"), len(meta["classes"])
+        key = (data, str(root), *meta["size"], meta["ignore"])
+        if key not in sets:
+            images, masks, breeds, names = load_split(data, root, args.split, meta["size"],
+                                                      meta["ignore"])
+            sets[key] = blur_photos(images, args.blur), masks, breeds, names, []
+        images, masks, breeds, names, group = sets[key]
+        if len(names) > C or (names == PETS) != (meta["classes"] == PETS):
+            fail(f"{path}: its classes are {', '.join(meta['classes'])}, those of {data} are "
+                 f"{', '.join(names)}")
+        hard, counts, soft, seconds = run_program(segment, images, masks, C, args.batch_size, device)
+        records.append({
+            "run": str(path.parent if path.name == "model.pt2" else path), "data": data,
+            "split": args.split, "photos": len(images), "size": meta["size"], "blur": args.blur,
+            "script": meta.get("script"), "device": str(device), "torch": str(torch.__version__),
+            "images_per_second": len(images) / seconds,
+            "scores": all_scores(counts, soft, meta["classes"], breeds, args.as_published)})
+        group.append((records[-1]["run"], records[-1]["scores"], meta["classes"]))
+        if len(group) == 1:      # what every constant answer scores, beside the networks
+            for label, name in enumerate(["background", *names] if C == 1 else names):
+                constant = torch.zeros_like(counts)
+                constant[:, :, label] = counts.sum(2)
+                group.append((f"all {name}", all_scores(constant, soft * torch.nan, meta["classes"],
+                                                        breeds, args.as_published), meta["classes"]))
+
+        ## 3. Pictures beside the program: a few answers, and the curves of the training.
+        some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
+        draw_overlay(path.with_name("overlay.png"), images[some], masks[some], hard[some])
+        log = path.with_name("log.jsonl")
+        if log.exists():
+            draw_curves(path.with_name("curves.png"),
+                        [json.loads(line) for line in log.read_text().splitlines()])
+
+    ## 4. Tables: all classes, each class, and for pets the conventions and the species.
+    for (data, _, H, W, _), (images, _, _, _, group) in sets.items():
+        kind = "  (drawn pictures: toy scores)" if data == "toy" else ""
+        print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}, mean over classes{kind}")
+        columns = ["accuracy", "miou", "dice", "precision", "recall", "f1", "image_miou"]
+        table("run", columns, [(run, [s[c] for c in columns]) for run, s, _ in group])
+        labels = group[0][2]
+        table("IoU", labels, [(run, [s["classes"][c]["iou"] for c in labels]) for run, s, _ in group])
+        for title, found in (("pets", "pet_iou_without_border pet_iou_border_as_pet cat_miou dog_miou"),
+                             ("as published", "D1_dice D1_iou D2_dice D2_iou D3_dice D3_iou"),
+                             ("as published", "D4_accuracy D5_f1 D5_iou D6_dice D6_iou D7_dice")):
+            columns = found.split()
+            if columns[0] in group[0][1]:
+                table(title, columns, [(run, [s[c] for c in columns]) for run, s, _ in group])
+    if args.json:
+        save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
+    print("\npictures overlay.png and curves.png beside each program"
+          + (f", scores in {args.json}" if args.json else ""))
+
+if __name__ == "__main__":
+    main()
