@@ -24,12 +24,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.export.passes import move_to_device_pass
+from torch.utils.flop_counter import FlopCounterMode
 
 # --- knobs ----------------------------------------------------------------------------------------
 
 SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
+MEANS = {"accuracy": "accuracy", "mIoU": "miou", "Dice": "dice", "precision": "precision",
+         "recall": "recall", "F1": "f1", "mIoU/photo": "image_miou"}         # column: key
+CONVENTIONS = {"pet, no border": "pet_iou_without_border", "pet + border": "pet_iou_border_as_pet",
+               "cats mIoU": "cat_miou", "dogs mIoU": "dog_miou"}
+PUBLISHED = [{key.replace("_", " "): key for key in keys.split()} for keys in (
+    "D1_dice D1_iou D2_dice D2_iou D3_dice D3_iou", "D4_accuracy D5_f1 D5_iou D6_dice D6_iou D7_dice")]
 IGNORE = 255                     # label of pixels that count neither in a loss nor in a score
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
@@ -41,16 +48,13 @@ def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 def number(kind, low, high):
     """An argparse type: 'auto', or a number of that kind in [low, high]."""
     def parse(text):
         if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text == "auto" else kind(text)
-    parse.__name__ = kind.__name__
     return parse
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
@@ -229,62 +233,53 @@ def published_scores(counts, soft, names):
     return out
 def pick_device(name):
     """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.empty(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available()
-                             else "mps" if torch.backends.mps.is_available() else "cpu").device
+        device = torch.empty(1, device=name if name != "auto" else
+                             "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, fast if device.type == "cpu" else \
         device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
 
 # --- labelled data --------------------------------------------------------------------------------
-# The same in every segmenter.
-
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
-    for first in range(0, n, 256):
-        g, b = torch.Generator().manual_seed(seed * 100003 + first), min(256, n - first)
+    for i in range(0, n, 256):
+        g, b = torch.Generator().manual_seed(seed * 100003 + i), min(256, n - i)
         u = lambda low, high, c=1: low + (high - low) * torch.rand(b, c, 1, 1, generator=g)
-        breed, zoom, flip = (first + torch.arange(b)) % 37, u(0.55, 0.9), u(-1, 1).sign()
-        X, Y = flip * (x - u(-0.3, 0.3)) / zoom, (y - u(-0.25, 0.25)) / zoom   # (b, 1, H, W)
+        cat, zoom = ((i + torch.arange(b)) % 37 < 12).view(b, 1, 1, 1), u(0.55, 0.9)
+        X, Y = u(-1, 1).sign() * (x - u(-0.3, 0.3)) / zoom, (y - u(-0.25, 0.25)) / zoom
         disc = lambda cx, cy, rx, ry: ((X - cx) / rx) ** 2 + ((Y - cy) / ry) ** 2 < 1
-        ear = lambda cx: ((X - cx).abs() < 0.4 * (Y + 1.05)) & (Y < -0.45)     # pointed: a cat
-        flap = disc(-0.85, -0.2, 0.14, 0.38) | disc(-0.05, -0.2, 0.14, 0.38)   # hanging: a dog
-        pet = torch.where((breed < 12).view(b, 1, 1, 1), ear(-0.68) | ear(-0.22), flap)
-        for cx, cy, rx, ry in ((-0.45, -0.3, 0.4, 0.38), (0.3, 0.3, 0.75, 0.4),
-                               (1.1, -0.05, 0.1, 0.45), (-0.1, 0.7, 0.12, 0.4), (0.7, 0.7, 0.12, 0.4)):
-            pet = pet | disc(cx, cy, rx, ry)                                   # head, body, tail, legs
-        ball = disc(u(-1.4, 1.4), u(-1.2, 1.2), 0.3, 0.3)
-        wave = lambda low, high: torch.sin(
-            (x * u(-1, 1, 3) + y * u(-1, 1, 3)) * u(low, high, 3) + u(0, 6.3, 3)).mean(1, True)
-        tint, grain = u(0.2, 0.8, 3), torch.randn(b, 1, *size, generator=g)
-        fur = tint + u(-0.15, 0.15, 3) + 0.2 * wave(20, 40) + 0.06 * grain
-        ground = tint + u(-0.25, 0.25, 3) + 0.3 * wave(2, 12) + 0.03 * grain
+        tips = (((X + 0.45).abs() - 0.23).abs() < 0.4 * (Y + 1.05)) & (Y < -0.45)     # (b, 1, H, W)
+        pet = torch.where(cat, tips, disc(-0.85, -0.2, 0.14, 0.4) | disc(-0.05, -0.2, 0.14, 0.4))
+        pet = pet | disc(-0.45, -0.3, 0.4, 0.38) | disc(0.3, 0.3, 0.75, 0.4) | disc(
+            1.1, 0, 0.1, 0.45) | disc(-0.1, 0.7, 0.12, 0.4) | disc(0.7, 0.7, 0.12, 0.4)
+        wave = lambda low, high: torch.sin((x * u(-1, 1, 3) + y * u(-1, 1, 3)) * u(low, high, 3)
+                                           + u(0, 6.3, 3)).mean(1, True) + u(-0.2, 0.2, 3)
+        fur, tint = pet | disc(u(-1.4, 1.4), u(-1.2, 1.2), 0.3, 0.3), u(0.2, 0.8, 3)    # and a ball
+        paint = torch.where(fur, 0.25 * wave(20, 40), 0.3 * wave(2, 12)) + tint
+        paint += 0.04 * torch.randn(b, 1, *size, generator=g)
+        images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
         wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        images[first:first + b] = torch.where(pet | ball, fur, ground).clamp(0, 1).mul(255).byte()
-        masks[first:first + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-
 def subset(breeds, share):
-    """A seeded share of each breed, at least one photo, and the others: two lists of numbers. A
-    larger share contains a smaller."""
-    order = torch.randperm(len(breeds), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
-    size, seen, lists = Counter(breeds), Counter(), ([], [])
-    for i in order:
+    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
+    g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
+    for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
         lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
-
 def pet_files(root, part):
     """Oxford-IIIT Pet, official split, a tenth of trainval for validation -> pairs, breeds."""
     base = Path(root, "oxford-iiit-pet")
@@ -293,50 +288,47 @@ def pet_files(root, part):
         try:
             OxfordIIITPet(root, download=True)
         except Exception as error:
-            fail(f"the pets could not be downloaded ({error}); unpack images.tar.gz and annotations"
-                 f".tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets in {base}, or --data toy")
+            fail(f"pets: no download ({error}); unpack images.tar.gz and annotations.tar.gz of "
+                 f"https://www.robots.ox.ac.uk/~vgg/data/pets in {base}, or take --data toy")
     lines = (base / f"annotations/{'test' if part == 'test' else 'trainval'}.txt").read_text()
     names = [line.split()[0] for line in lines.splitlines() if line and line[0] != "#"]
-    pairs = [(base / f"images/{n}.jpg", base / f"annotations/trimaps/{n}.png") for n in names]
     breeds = [name.rsplit("_", 1)[0] for name in names]
     keep = range(len(names)) if part == "test" else subset(breeds, 0.1)[part == "train"]
-    return [pairs[i] for i in keep], [breeds[i] for i in keep]
-
+    return [(base / f"images/{names[i]}.jpg", base / f"annotations/trimaps/{names[i]}.png")
+            for i in keep], [breeds[i] for i in keep]
 def folder_files(folder, part):
-    """images/ and masks/ with equal stems under train/ val/ test/, or flat; a flat folder gives a
-    tenth to test, a missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
+    """images/ and masks/ with equal stems, flat (a tenth is for test) or under train/ val/ test/; a
+    missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
     flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
-    photos, masks = ({f.stem: f for f in sorted(base.glob(f"{d}/[!.]*"))} for d in ("images", "masks"))
+    photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
+                     for pattern in ("images/[!.]*", "masks/[!.]*"))
     for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["*"]):
         fail(f"{base}: '{stem}' wanted in both images/ and masks/")
-    keep = list(range(len(photos)))
-    test, rest = subset([""] * len(keep), 0.1) if flat else (keep, keep)
+    every = range(len(photos))
+    test, rest = subset([""] * len(photos), 0.1) if flat else (every, every)
     val, train = subset([""] * len(rest), 0.1) if cut else (range(len(rest)), range(len(rest)))
     keep = test if part == "test" else [rest[i] for i in (val if part == "val" else train)]
-    pairs = [list(zip(photos.values(), (masks[stem] for stem in photos)))[i] for i in keep]
+    pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
-
 def read_pair(pair, size):
     """(photo, mask) files -> (4, H, W) uint8, RGB and labels; EXIF rotation is undone."""
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
             if mask.mode not in ("1", "L", "P") or mask.size != whole:
-                raise ValueError(f"photo of {whole}, mask of {mask.size} pixels in mode {mask.mode}; "
-                                 "wanted the same size and one 8-bit channel of labels")
+                raise ValueError(f"wanted 8-bit labels of {whole}, not {mask.size} {mask.mode}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
-            labels = mask.resize(size[::-1], Image.NEAREST)
-            return np.dstack([np.asarray(rgb), np.asarray(labels, np.uint8)]).transpose(2, 0, 1)
+            labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
+            return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
         fail(f"{pair[0]}: {error}")
-
 def decode(pairs, size):
-    """Read every pair once, in threads -> (N, 4, H, W) uint8, mapped from a file in data/cache/ whose
-    name hangs on the paths, sizes and times of what was read."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-             for pair in pairs for file in pair]
+    """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
+    from the paths, sizes and times of what was read."""
+    stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+             for pair in pairs for file in pair for stat in [file.stat()]]
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
     cache, began = CACHE / f"{key}.npy", time.perf_counter()
     try:
@@ -350,7 +342,6 @@ def decode(pairs, size):
     save(cache, lambda file: np.save(file, array))
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
-
 def load_split(data, root, part, size, ignore):
     """'toy', 'pets' or a folder; part 'train', 'val' or 'test' -> images (N, 3, H, W) uint8, masks
     (N, H, W) uint8 of labels and IGNORE, breeds (N names), names of the classes."""
@@ -361,23 +352,20 @@ def load_split(data, root, part, size, ignore):
     pairs, breeds = pet_files(root, part) if data == "pets" else folder_files(data, part)
     images, masks = decode(pairs, size).split((3, 1), 1)
     table, masks = torch.arange(256).byte(), masks[:, 0]                # (N, H, W)
-    values = set(masks.unique().tolist()) - {ignore}
+    top = max(values := set(masks.unique().tolist()) - {ignore}, default=0)
     if data == "pets":
         table -= 1                                     # trimap 1, 2, 3: pet, background, border
     elif values <= {0, 255}:
-        table[255] = 1                                 # a black and white mask
-    elif max(values) > 99:
-        i = (masks == max(values)).flatten(1).any(1).nonzero()[0].item()
-        fail(f"{pairs[i][1]}: has the values {masks[i].unique().tolist()[:9]}; wanted 0 and 255, or "
-             "labels 0 to C - 1, and --ignore L for one that is no class")
-    top = int(table[max(values, default=0)])
+        table[255] = top = 1                           # a black and white mask
+    elif top > 99:
+        i = (masks == top).flatten(1).any(1).nonzero()[0].item()
+        fail(f"{pairs[i][1]}: a label of {top}; wanted 0 and 255, or 0 to C - 1 (see --ignore)")
     if ignore is not None:
         table[ignore] = IGNORE
-    names = PETS if data == "pets" else [str(i) for i in range(top + 1)] if top > 1 else ["foreground"]
-    return images, table[masks.int()], breeds, names
-
+    names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
+    return images, table[masks.int()], breeds, PETS if data == "pets" else names
 def save(path, write):
-    """write(file) under a temporary name, then rename: a kill leaves the old file or the new one."""
+    """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -455,14 +443,14 @@ def run_program(segment, images, masks, C, batch, device):
         soft.append(soft_sums(logits, y).cpu())
     return torch.cat(hard), torch.cat(counts), torch.cat(soft), time.perf_counter() - began
 
-def table(title, columns, rows):
-    """Aligned columns: rows of a name and numbers (None is a dash)."""
+def table(title, columns, rows, value):
+    """Aligned columns of numbers under a title; rows are (name, scores), None or nan is a dash."""
     width = max(len(title), *(len(name) for name, _ in rows)) + 1
-    print("\n" + title.ljust(width) + "".join(f"{c:>{max(9, len(c) + 2)}}" for c in columns))
-    for name, values in rows:
+    print("\n" + title.ljust(width) + "".join(f"{c:>{max(10, len(c) + 2)}}" for c in columns))
+    for name, each in rows:
+        values = [(value(each, column), max(10, len(column) + 2)) for column in columns]
         print(name.ljust(width) + "".join(
-            f"{'-' if v is None or v != v else f'{v:.4f}':>{max(9, len(c) + 2)}}"
-            for c, v in zip(columns, values)))
+            f"{'-' if v is None or v != v else f'{v:.4f}':>{size}}" for v, size in values))
 
 def all_scores(counts, soft, names, breeds, as_published):
     """Every score of a split: of the classes, for pets of the species, if asked of the publications."""
@@ -494,8 +482,8 @@ def main(argv=None):
         if key not in sets:
             images, masks, breeds, names = load_split(data, root, args.split, meta["size"],
                                                       meta["ignore"])
-            sets[key] = blur_photos(images, args.blur), masks, breeds, names, []
-        images, masks, breeds, names, group = sets[key]
+            sets[key] = blur_photos(images, args.blur), masks, breeds, names, [], []
+        images, masks, breeds, names, group, constants = sets[key]
         if len(names) > C or (names == PETS) != (meta["classes"] == PETS):
             fail(f"{path}: its classes are {', '.join(meta['classes'])}, those of {data} are "
                  f"{', '.join(names)}")
@@ -506,36 +494,35 @@ def main(argv=None):
             "script": meta.get("script"), "device": str(device), "torch": str(torch.__version__),
             "images_per_second": len(images) / seconds,
             "scores": all_scores(counts, soft, meta["classes"], breeds, args.as_published)})
-        group.append((records[-1]["run"], records[-1]["scores"], meta["classes"]))
-        if len(group) == 1:      # what every constant answer scores, beside the networks
+        group.append((records[-1]["run"], records[-1]["scores"]))
+        if not constants:        # what every constant answer scores, beside the networks
             for label, name in enumerate(["background", *names] if C == 1 else names):
                 constant = torch.zeros_like(counts)
                 constant[:, :, label] = counts.sum(2)
-                group.append((f"all {name}", all_scores(constant, soft * torch.nan, meta["classes"],
-                                                        breeds, args.as_published), meta["classes"]))
+                constants.append((f"all {name}", all_scores(
+                    constant, soft * torch.nan, meta["classes"], breeds, args.as_published)))
 
         ## 3. Pictures beside the program: a few answers, and the curves of the training.
         some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
-        draw_overlay(path.with_name("overlay.png"), images[some], masks[some], hard[some])
+        stem = "" if path.name == "model.pt2" else f"{path.stem}-"
+        draw_overlay(path.with_name(f"{stem}overlay.png"), images[some], masks[some], hard[some])
         log = path.with_name("log.jsonl")
         if log.exists():
             draw_curves(path.with_name("curves.png"),
                         [json.loads(line) for line in log.read_text().splitlines()])
 
     ## 4. Tables: all classes, each class, and for pets the conventions and the species.
-    for (data, _, H, W, _), (images, _, _, _, group) in sets.items():
-        kind = "  (drawn pictures: toy scores)" if data == "toy" else ""
-        print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}, mean over classes{kind}")
-        columns = ["accuracy", "miou", "dice", "precision", "recall", "f1", "image_miou"]
-        table("run", columns, [(run, [s[c] for c in columns]) for run, s, _ in group])
-        labels = group[0][2]
-        table("IoU", labels, [(run, [s["classes"][c]["iou"] for c in labels]) for run, s, _ in group])
-        for title, found in (("pets", "pet_iou_without_border pet_iou_border_as_pet cat_miou dog_miou"),
-                             ("as published", "D1_dice D1_iou D2_dice D2_iou D3_dice D3_iou"),
-                             ("as published", "D4_accuracy D5_f1 D5_iou D6_dice D6_iou D7_dice")):
-            columns = found.split()
-            if columns[0] in group[0][1]:
-                table(title, columns, [(run, [s[c] for c in columns]) for run, s, _ in group])
+    for (data, _, H, W, _), (images, _, _, _, group, constants) in sets.items():
+        group += constants
+        print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}"
+              + ("  (drawn pictures: toy scores)" if data == "toy" else ""))
+        table("mean over classes", MEANS, group, lambda s, column: s[MEANS[column]])
+        labels = {label: label for label in group[0][1]["classes"]}
+        table("IoU", labels, group, lambda s, column: s["classes"][column]["iou"])
+        for title, columns in (("pets", CONVENTIONS), ("as published", PUBLISHED[0]),
+                               ("as published", PUBLISHED[1])):
+            if set(columns.values()) <= group[0][1].keys():
+                table(title, columns, group, lambda s, column: s[columns[column]])
     if args.json:
         save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
     print("\npictures overlay.png and curves.png beside each program"

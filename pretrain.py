@@ -1,28 +1,33 @@
 """Pre-train a VQ-VAE on masked photos of cats and dogs, without labels: stage 1 of 3.
-
-HEADER
+WHAT IT DOES    Photos (B, 3, H, W) with grey patches go in, whole photos come out: what is hidden
+  must be guessed from its surroundings (Pathak et al. 2016, He et al. 2022), through the discrete
+  codes of a VQ-VAE (van den Oord et al. 2017). finetune.py takes over what the network learned.
+YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
+  - how to mask a given share of the area -> draw_masks
+  - why masked places are kept out of the codebook -> VQVAE.forward, Quantiser.revive
+  - how to tell that it fills in rather than copies -> check, mean_fill
+RUN IT          python pretrain.py --mask 0.05-0.25
+                python pretrain.py --data catdog --download --size 128 --downs 3
+                python pretrain.py --mask 0.05-0.25 --resume
+WHAT TO EXPECT  @CARD@
+  A broken run: `used` stays below 50/512, or `masked` does not fall below the mean colour's error.
+DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
+  encoder runs away from slow codes, and the codebook collapses. Codes start from data, unused ones
+  move to data. He's first weights. Masked photos in, clean ones wanted.
 """
 import argparse, hashlib, json, math, os, shutil, signal, sys, time
-try:
-    import resource
-except ImportError:      # Windows
-    resource = None
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 from PIL import Image, ImageOps
-from torch import nn
+from torch import distributed as dist, nn
 
 # --- knobs ----------------------------------------------------------------------------------------
-
-AUTO = {                         # what "auto" means, by data
-    "toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},
-    "folder": {"size": [128], "epochs": 20, "batch_size": 64, "lr": 1e-3},
-}
+AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
+        "folder": {"size": [128], "epochs": 20, "batch_size": 32, "lr": 1e-3}}
 DECAY = 0.9                      # of the codebook's moving averages; Sonnet has 0.99
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
 FILL = 0.5                       # grey, in the place of what is masked
@@ -30,51 +35,41 @@ SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
-        "Russian_Blue Siamese Sphynx").split()    # the other 25 breeds are dogs, in small letters
-HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter,      # defaults shown, and the
-                     argparse.RawDescriptionHelpFormatter), {})   # docstring's line breaks kept
-
+        "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
+HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
+            {})                  # --help shows this docstring as it is, and the defaults
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 def number(kind, low, high):
     """An argparse type: 'auto', or a number of that kind in [low, high]."""
     def parse(text):
         if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text == "auto" else kind(text)
-    parse.__name__ = kind.__name__
     return parse
-
 def share_range(text):
-    """An argparse type: LO-HI with 0 <= LO <= HI <= 0.95 -> (LO, HI)."""
-    try:
-        low, high = map(float, text.split("-"))
-    except ValueError:
-        low, high = 1, 0
-    if not 0 <= low <= high <= 0.95:
+    """An argparse type: LO-HI with 0 <= LO <= HI <= 0.95 -> [LO, HI]."""
+    low, _, high = text.partition("-")
+    if not 0 <= float(low) <= float(high or "nan") <= 0.95:
         raise argparse.ArgumentTypeError(f"{text} is not LO-HI with 0 <= LO <= HI <= 0.95")
-    return [low, high]
-
+    return [float(low), float(high)]
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
-    for name, value in AUTO[args.data if args.data in AUTO else "folder"].items():
+    for name, value in AUTO.get(args.data, AUTO["folder"]).items():
         if getattr(args, name) in ("auto", ["auto"]):
             setattr(args, name, value)
     args.size = args.size * 2 if len(args.size) == 1 else args.size
     if len(args.size) != 2 or any(side % multiple for side in args.size):
-        fail(f"--size {' '.join(map(str, args.size))}: wanted one side or H W, multiples of "
-             f"{multiple}, such as {max(1, args.size[0] // multiple) * multiple}")
-
+        fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
     add = p.add_argument_group("data").add_argument
     add("--data", default="auto", help="toy, catdog, pets, folders of photos, joined by +")
     add("--root", default="data", help="where the data sets lie or are downloaded to")
-    add("--size", nargs="+", type=number(int, 8, 4096), default="auto", help="side, or H W; auto: by data")
+    add("--size", nargs="+", type=number(int, 8, 4096), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
     add("--download", action="store_true", help="fetch those of the four collections that lack")
     add("--mask", type=share_range, default="0.05-0.25", help="share of the area to mask, LO-HI")
@@ -90,43 +85,37 @@ def parse_args(argv=None):
     add("--downs", type=number(int, 1, 6), default=2, help="halvings of the sides before coding")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1, 10**6), default="auto", help="passes over the photos")
-    add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory runs out")
-    add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if the loss jumps")
-    add("--weight-decay", type=number(float, 0, 10), default=0.05, help="raise it if val_loss rises")
+    add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory ends")
+    add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if loss jumps")
+    add("--weight-decay", type=number(float, 0, 10), default=0.05, help="more against overfitting")
     add = p.add_argument_group("runtime").add_argument
     add("--seed", type=number(int, 0, 2**31), default=0, help="moves weights, order, augmentation")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
-    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is fast")
+    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 if it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="pays in long runs")
     add("--resume", action="store_true", help="continue the run in --out, with the same flags")
     add("--out", default="checkpoints/pretrain", help="the run's folder; an older run is kept once")
     return p.parse_args(argv)
 
 # --- model ----------------------------------------------------------------------------------------
-## A VQ-VAE is an auto-encoder with a dictionary in the middle. The encoder turns an image into a
-## small grid of vectors, the quantiser replaces each by the nearest of K learned codes, and the
-## decoder turns the grid of codes back into an image; with another head, into a segmentation.
+## An auto-encoder with a dictionary in the middle: the encoder turns a photo into a small grid of
+## vectors, the quantiser replaces each by the nearest of K codes, the decoder draws from the codes.
 
 class Residual(nn.Sequential):
     """x + conv1x1(relu(conv3x3(relu(x)))): (B, width, H, W) in and out."""
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
-
     def forward(self, x):
         return x + super().forward(x)
-
-def sum_over_ranks(x):
-    """x summed in place over the processes of a torchrun; x itself in an ordinary run."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def over_ranks(x):
+    """x of all processes of a torchrun, joined along dim 0; x itself in an ordinary run."""
+    return torch.cat(all_gather(x)) if dist.is_available() and dist.is_initialized() else x
 
 class Quantiser(nn.Module):
     """Nearest-code lookup (VQ-VAE, eq. 1 and 2) in a codebook that follows the encoder by moving
-    averages, without gradients (appendix A.1). In eval mode no buffer changes.
-    forward: z (B, D, H, W), keep None or (B, H, W) bool, False where the input was masked
-             -> q (B, D, H, W), commitment loss (), ids (B, H, W) int64 in [0, K)."""
+    averages, without gradients (appendix A.1); in eval mode no buffer changes. z (B, D, H, W), keep
+    None or (B, H, W) bool, False where masked -> q (B, D, H, W), commitment (), ids (B, H, W)."""
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
@@ -137,53 +126,41 @@ class Quantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)         # (N, D), N = B H W
             weight = torch.ones_like(flat[:, 0]) if keep is None else keep.reshape(-1).float()
-            if self.training:
-                self.revive(flat.detach(), weight)
-            ids = self.nearest(flat.detach())                           # (N,)
+            if self.training:             # every rank sees the vectors of all: the codebooks agree
+                joined, weights = over_ranks(flat.detach()), over_ranks(weight)
+                self.revive(joined, weights)
+            ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
+            squares = self.codes.square().sum(1)                        # (K,)
+            rows = flat.detach().split(8192) if self.training else [flat]    # small: stay in cache
+            ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
+                             for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
             if self.training:
-                self.follow(flat.detach(), ids, weight)
+                self.follow(joined, over_ranks(ids), weights)
             commitment = (flat - q).square().mean()           # keeps the encoder near its codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
 
-    def nearest(self, flat):
-        """(N, D) -> (N,) number of the nearest code."""
-        ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
-        squares = self.codes.square().sum(1)                            # (K,)
-        rows = flat.split(8192) if self.training else [flat]  # small blocks stay in the cache
-        return torch.cat([torch.addmm(squares, r, self.codes.T, alpha=-2).argmin(1) for r in rows])
-
     def revive(self, flat, weight):
-        """Move codes that hardly any vector uses onto random vectors of this batch, as if they had
-        the usual count. At first no code is in use, so this also starts the codebook from data."""
-        grouped = dist.is_initialized()
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-        kept = flat.new_zeros(ranks)
-        kept[rank] = weight.sum()
-        kept = sum_over_ranks(kept)                           # vectors that count, on each rank
-        usual = kept.sum() / len(self.codes)
-        ## K random places among the kept vectors of all ranks; each rank fills in those it holds.
-        place = torch.rand(len(self.codes)).to(flat.device) * kept.sum() - kept[:rank].sum()
+        """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
+        count. At first no code is in use, so this also starts the codebook from data."""
+        usual = weight.sum() / len(self.codes)
+        place = torch.rand(len(self.codes)).to(flat.device) * weight.sum()      # (K,), among kept
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
-        held = (place >= 0) & (place < kept[rank])
-        fresh = sum_over_ranks(flat[row] * held[:, None])               # (K, D)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
-        self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
+        self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
 
     def follow(self, flat, ids, weight):
-        """Count and sum of the vectors of each code decay by DECAY and take in this batch (eq. 6
-        and 7); the code is sum / count (eq. 8), so the old sum is code x count."""
+        """Count and sum of each code's vectors decay and take in this batch, code = sum / count
+        (eq. 6 to 8); so the old sum is code x count."""
         counts = torch.zeros_like(self.counts).index_add_(0, ids, weight)
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
-        old, new = DECAY * self.counts, (1 - DECAY) * sum_over_ranks(counts)
-        sums = self.codes * old[:, None] + (1 - DECAY) * sum_over_ranks(sums)
-        self.counts.copy_(old + new)
+        sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
+        self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
         self.codes.copy_(sums / self.counts[:, None])
-
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
     ## PyTorch's own are so small beside its biases that all vectors begin nearly equal, one code
@@ -197,8 +174,8 @@ def start(layer):
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
-    forward: x (B, 3, H, W) in [0, 1], keep None or (B, 1, H, W) bool, False for a masked pixel
-             -> output (B, out_channels, H, W), commitment loss (), ids (B, H/2^downs, W/2^downs)."""
+    x (B, 3, H, W) in [0, 1], keep None or (B, 1, H, W) bool, False where masked -> output (B,
+    out_channels, H, W), commitment loss (), ids (B, H/2^downs, W/2^downs) of the codes."""
     def __init__(self, out_channels, width, residual_width, residual_blocks, downs, K=512, D=64):
         super().__init__()
         self.downs = downs
@@ -212,7 +189,7 @@ class VQVAE(nn.Module):
                                      nn.ReLU(), nn.Conv2d(width, D, 1))
         self.quantiser = Quantiser(K, D)
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
-                                     *up[:-2])
+                                     *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         self.apply(start)
 
@@ -224,69 +201,40 @@ class VQVAE(nn.Module):
         return self.head(self.decoder(q)), commitment, ids
 
 # --- loss and scores ------------------------------------------------------------------------------
-
 def squared_error(output, x, where):
-    """Sum of squared errors over the pixels `where` (B, 1, H, W), and the number of values."""
-    return ((output.float() - x).square() * where).sum(), where.sum() * x.shape[1]
-
+    """Sum of squared errors over the pixels `where` (B, 1, H, W), number of values: (2,)."""
+    return torch.stack([((output.float() - x).square() * where).sum(), where.sum() * x.shape[1]])
 def mean_fill(x, keep):
     """The trivial answer: every masked pixel gets the mean colour of its photo's visible ones."""
     colour = (x * keep).sum((2, 3), True) / keep.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
     return torch.where(keep, x, colour)
-
 def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 
 # --- training -------------------------------------------------------------------------------------
-
 def pick_device(name):
-    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it (CUDA
-    capability 8, a CPU with AVX512-BF16 or AMX)."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
+    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.empty(1, device=name if name != "auto" else
+                             "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
-    if device.type == "cuda":
-        return device, torch.cuda.get_device_capability(device)[0] >= 8
-    return device, device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                             or torch.cpu._is_amx_tile_supported())
-
-def peak_memory(device):
-    """Peak memory in GB: of the CUDA allocator, else of the process; 0 where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)   # macOS counts bytes, Linux kB
-
-def to_device(tensor, device):
-    """The tensor on the device if that leaves 40 % of its memory free, else where it is."""
-    if device.type == "cuda" and tensor.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]:
-        return tensor
-    return tensor.to(device)
-
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device, fast if device.type == "cpu" else \
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
-
 def to_float(images):
-    """(B, 3, H, W) uint8 -> float in [0, 1], channels_last, the layout convolutions are fastest in."""
+    """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
-
 def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
-    warm = max(1, steps // 20)
-    return peak * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-def to_bytes(x):
-    """Float (B, 3, H, W), any range -> uint8 pixels."""
-    return x.float().clamp(0, 1).mul(255).round().byte()
-
+    return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 def draw_masks(B, size, low, high, patch, style, g=None):
     """B masks that hide a share of the area drawn from [low, high] -> (B, 1, H, W) bool, True where
     the photo stays visible. Drawn on the CPU, whatever the device."""
@@ -299,11 +247,10 @@ def draw_masks(B, size, low, high, patch, style, g=None):
         inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None]
         return ~inside[:, None]
     h, w = -(-H // patch), -(-W // patch)
-    hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # right on average
+    hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     keep = (rank >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
-
 def distort(x, jitter, grey):
     """Change the colours of x (B, 3, H, W) in [0, 1]: brightness, contrast and saturation by up to
     half, hue by up to a tenth of the circle (jitter); a fifth of the photos to grey (grey)."""
@@ -322,7 +269,6 @@ def distort(x, jitter, grey):
     if grey:
         x = torch.where(torch.rand(B, 1, 1, 1).to(device) < 0.2, (x * luma).sum(1, True), x)
     return x.clamp(0, 1)
-
 def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
     """One pass over images[index] -> mean loss, images a second."""
     model.train()
@@ -332,7 +278,7 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
     order = index[torch.randperm(len(index))].to(images.device)
     device, total, began = next(model.parameters()).device, 0.0, time.perf_counter()
     for step in range(steps):
-        x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))    # the clean target
+        x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))    # clean target
         x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
         if args.rotate:
             x = x.rot90(int(torch.randint(4, ())), (2, 3))
@@ -340,11 +286,10 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
         seen = torch.where(keep, distort(x, args.jitter, args.grey), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
-        ## The target is the photo as it was: what is hidden has to be guessed from its surroundings.
+        ## The target is the photo as it was: what is hidden must be guessed from what is not.
         loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -357,80 +302,65 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     progress("")
     return total.item() / steps, speed
-
 @torch.inference_mode()
 def check(model, images, index, variance, args, amp=False):
-    """The validation photos under masks that never change -> normalised squared error of all and of
-    masked pixels, the same for filling in the mean colour, commitment, perplexity, codes in use."""
-    model.eval()
-    g, device = torch.Generator().manual_seed(SPLIT_SEED), next(model.parameters()).device
-    use = torch.zeros(len(model.quantiser.codes), dtype=torch.long, device=device)
-    sums = torch.zeros(5, 2, device=device)            # (sum, number) of five means
+    """The photos images[index] under masks that never change -> loss, squared error of all, of
+    masked pixels, of filling those with the mean colour (variance = 1), perplexity, codes used."""
+    g, device = torch.Generator().manual_seed(SPLIT_SEED), next(model.eval().parameters()).device
+    use, sums = torch.zeros(len(model.quantiser.codes), device=device), 0
     for part in index.split(64):
         x = to_float(images[part.to(images.device)].to(device))
-        keep = draw_masks(len(x), x.shape[2:], *args.mask, args.patch, args.mask_style, g).to(device)
+        keep = draw_masks(len(x), x.shape[2:], *args.mask, args.patch, args.mask_style, g)
+        keep = keep.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, ids = model(torch.where(keep, x, FILL), keep)
-        sums += torch.stack([torch.stack(pair) for pair in (
+        sums = sums + torch.stack([
             squared_error(output, x, torch.ones_like(keep)), squared_error(output, x, ~keep),
-            squared_error(mean_fill(x, keep), x, torch.ones_like(keep)),
             squared_error(mean_fill(x, keep), x, ~keep),
-            (commitment * len(x), torch.tensor(len(x), device=device)))])
-        open_ = F.max_pool2d(keep.float(), 2 ** model.downs)[:, 0] > 0      # cells not all masked
-        use += torch.bincount(ids[open_], minlength=len(use))
-    error, masked, fill, fill_masked, commitment = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    v = variance
-    return {"loss": error / v + COMMITMENT * commitment, "error": error / v, "masked": masked / v,
-            "mean_fill": fill / v, "mean_fill_masked": fill_masked / v, "commitment": commitment,
-            "perplexity": perplexity(use.double()), "used": int((use > 0).sum())}
+            torch.stack([commitment, torch.ones_like(commitment)]) * len(x)])
+        seen = F.max_pool2d(keep.float(), 2 ** model.downs)[:, 0] > 0       # cells not all masked
+        use += torch.bincount(ids[seen], minlength=len(use))
+    error, masked, fill, commitment = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    return {"loss": error / variance + COMMITMENT * commitment, "error": error / variance,
+            "masked": masked / variance, "mean_fill": fill / variance,
+            "perplexity": perplexity(use), "used": int((use > 0).sum())}
 
 # --- unlabelled data ------------------------------------------------------------------------------
-
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
-    both uint8, and their breeds. Fur and background share their colours, and a ball of the same fur
-    lies about: only shape tells the animal."""
+    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
-    for first in range(0, n, 256):
-        g, b = torch.Generator().manual_seed(seed * 100003 + first), min(256, n - first)
+    for i in range(0, n, 256):
+        g, b = torch.Generator().manual_seed(seed * 100003 + i), min(256, n - i)
         u = lambda low, high, c=1: low + (high - low) * torch.rand(b, c, 1, 1, generator=g)
-        breed = ((first + torch.arange(b)) % 37).view(b, 1, 1, 1)              # 12 cats, 25 dogs
-        zoom, flip = u(0.55, 0.9), u(-1, 1).sign()
-        X, Y = flip * (x - u(-0.3, 0.3)) / zoom, (y - u(-0.25, 0.25)) / zoom   # (b, 1, H, W)
+        cat, zoom = ((i + torch.arange(b)) % 37 < 12).view(b, 1, 1, 1), u(0.55, 0.9)
+        X, Y = u(-1, 1).sign() * (x - u(-0.3, 0.3)) / zoom, (y - u(-0.25, 0.25)) / zoom
         disc = lambda cx, cy, rx, ry: ((X - cx) / rx) ** 2 + ((Y - cy) / ry) ** 2 < 1
-        tip = lambda cx: ((X - cx).abs() < 0.4 * (Y + 1.05)) & (Y < -0.45)
-        cat, dog = tip(-0.68) | tip(-0.22), disc(-0.85, -0.2, 0.14, 0.38)      # pointed, hanging
-        pet = torch.where(breed < 12, cat, dog | disc(-0.05, -0.2, 0.14, 0.38)) \
-            | disc(-0.45, -0.3, 0.4, 0.38) | disc(0.3, 0.3, 0.75, 0.4) \
-            | disc(1.1, -0.05, 0.1, 0.45) | disc(-0.1, 0.7, 0.12, 0.4) | disc(0.7, 0.7, 0.12, 0.4)
-        ball = disc(u(-1.4, 1.4), u(-1.2, 1.2), 0.3, 0.3)
-        wave = lambda low, high: torch.sin(
-            (x * u(-1, 1, 3) + y * u(-1, 1, 3)) * u(low, high, 3) + u(0, 6.3, 3)).mean(1, True)
-        tint, grain = u(0.2, 0.8, 3), torch.randn(b, 1, *size, generator=g)
-        fur = tint + 0.15 * torch.sin(breed + torch.arange(3).view(3, 1, 1)) \
-            + 0.2 * wave(20, 40) + 0.06 * grain
-        ground = tint + u(-0.25, 0.25, 3) + 0.3 * wave(2, 12) + 0.03 * grain
+        tips = (((X + 0.45).abs() - 0.23).abs() < 0.4 * (Y + 1.05)) & (Y < -0.45)     # (b, 1, H, W)
+        pet = torch.where(cat, tips, disc(-0.85, -0.2, 0.14, 0.4) | disc(-0.05, -0.2, 0.14, 0.4))
+        pet = pet | disc(-0.45, -0.3, 0.4, 0.38) | disc(0.3, 0.3, 0.75, 0.4) | disc(
+            1.1, 0, 0.1, 0.45) | disc(-0.1, 0.7, 0.12, 0.4) | disc(0.7, 0.7, 0.12, 0.4)
+        wave = lambda low, high: torch.sin((x * u(-1, 1, 3) + y * u(-1, 1, 3)) * u(low, high, 3)
+                                           + u(0, 6.3, 3)).mean(1, True) + u(-0.2, 0.2, 3)
+        fur, tint = pet | disc(u(-1.4, 1.4), u(-1.2, 1.2), 0.3, 0.3), u(0.2, 0.8, 3)    # and a ball
+        paint = torch.where(fur, 0.25 * wave(20, 40), 0.3 * wave(2, 12)) + tint
+        paint += 0.04 * torch.randn(b, 1, *size, generator=g)
+        images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
         wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        images[first:first + b] = torch.where(pet | ball, fur, ground).clamp(0, 1).mul(255).byte()
-        masks[first:first + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-
 def upright(image, size):
     """RGB, EXIF rotation undone, resized to (H, W) -> (3, H, W) uint8."""
     image.draft("RGB", (2 * size[1], 2 * size[0]))     # JPEG: decoded at 1/2, 1/4 or 1/8 at once
     image = ImageOps.exif_transpose(image).convert("RGB").resize(size[::-1], Image.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
-
-URLS = {       # CIFAR-10 comes through torchvision's own class
-    "Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
-    "cats_and_dogs_filtered":
-        "https://storage.googleapis.com/mledu-datasets/cats_and_dogs_filtered.zip",
-    "PetImages": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F"
-                 "/kagglecatsanddogs_5340.zip",
-}
-
+URLS = {"Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
+        "cats_and_dogs_filtered": "https://storage.googleapis.com/mledu-datasets/"
+                                  "cats_and_dogs_filtered.zip",
+        "PetImages": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-"
+                     "6DEBA77B919F/kagglecatsanddogs_5340.zip"}       # CIFAR-10: by torchvision
 def catdog_items(root, download):
     """The four collections as far as they lie under root -> [(source, "cat" or "dog", item)], an
     item being a file, or for CIFAR-10 an array (32, 32, 3)."""
@@ -453,26 +383,22 @@ def catdog_items(root, download):
         found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
                   for file in sorted(root.glob(pattern))]
     return found or fail(f"catdog: none of the four collections lies under {root}; try --download")
-
 def list_items(data, root, download):
     """A kind of photos, or several joined by + -> [(source, species or "", item)]."""
-    found = []
+    found, base = [], Path(root, "oxford-iiit-pet")
     for kind in data.split("+"):
         if kind == "catdog":
             found += catdog_items(root, download)
+        elif kind == "pets":
+            if not (base / "annotations/trainval.txt").exists():
+                fail(f"pets: not in {base}; python finetune.py --init none --data pets gets them")
+            lines = (base / "annotations/trainval.txt").read_text().splitlines()
+            found += [(kind, "", base / f"images/{line.split()[0]}.jpg")
+                      for line in lines if line and line[0] != "#"]
         else:
-            folder = Path(root, "oxford-iiit-pet/images") if kind == "pets" else Path(kind)
-            names = None
-            if kind == "pets":
-                text = Path(root, "oxford-iiit-pet/annotations/trainval.txt")
-                if not text.exists():
-                    fail(f"pets: {text} is not there; python finetune.py --data pets fetches them")
-                names = {line.split()[0] for line in text.read_text().splitlines() if line}
-            found += [(kind, "", file) for file in sorted(folder.rglob("*"))
-                      if file.suffix.lower() in Image.registered_extensions()
-                      and (names is None or file.stem in names)]
+            found += [(kind, "", file) for file in sorted(Path(kind).rglob("*"))
+                      if file.suffix.lower() in Image.registered_extensions()]
     return found or fail(f"--data {data}: no photos there")
-
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
@@ -484,9 +410,8 @@ def decode_photos(items, size):
         return torch.from_numpy(np.load(cache, mmap_mode="c")), json.loads(notes.read_text())
     except (OSError, ValueError):                      # not there yet, or cut short
         CACHE.mkdir(parents=True, exist_ok=True)
-    part, bad, first, twins = CACHE / f".{key}.{os.getpid()}", {}, {}, []
+    part, bad, first, twins = CACHE / f".{os.getpid()}.{key}", {}, {}, []
     array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), 3, *size))
-
     def read(i):
         try:
             image = Image.fromarray(items[i]) if isinstance(items[i], np.ndarray) else \
@@ -496,7 +421,6 @@ def decode_photos(items, size):
         except Exception as error:                     # whatever a broken file can provoke
             bad[i] = str(error)
         return hashlib.sha256(array[i].tobytes()).digest()
-
     with ThreadPoolExecutor() as pool:
         for i, digest in enumerate(pool.map(read, range(len(items)))):
             progress(f" decoding {i}/{len(items)}")
@@ -508,7 +432,6 @@ def decode_photos(items, size):
     os.replace(part, cache)
     print(f"decoded  {len(items)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array), json.loads(notes.read_text())
-
 def load_photos(args):
     """The photos of --data -> images (N, 3, H, W) uint8, and the numbers of those to use: readable,
     without exact copies, as many cats as dogs."""
@@ -518,13 +441,10 @@ def load_photos(args):
     images, notes = decode_photos([item for _, _, item in found], args.size)
     out = {int(i) for i in notes["bad"]} | set(notes["twins"])
     good = [i for i in range(len(found)) if i not in out]
-    kinds = {kind: [i for i in good if found[i][1] == kind] for kind in ("cat", "dog", "")}
-    most = min(len(kinds["cat"]), len(kinds["dog"])) or len(good)
-    g = torch.Generator().manual_seed(SPLIT_SEED)
-    taken = []
-    for kind in kinds.values():         # the larger species is cut at random over all its sources
-        order = torch.randperm(len(kind), generator=g).tolist()
-        taken += [kind[i] for i in order[:len(kind) if kind is kinds[""] else most]]
+    cats, dogs, taken = ([i for i in good if found[i][1] == kind] for kind in ("cat", "dog", ""))
+    g, most = torch.Generator().manual_seed(SPLIT_SEED), min(len(cats), len(dogs)) or len(good)
+    for kind in (cats, dogs):           # the larger species is cut at random over all its sources
+        taken += [kind[i] for i in torch.randperm(len(kind), generator=g).tolist()[:most]]
     print(f"{'source':18}{'cats':>8}{'dogs':>8}{'others':>8}{'broken':>8}{'copies':>8}{'taken':>8}")
     for source in dict.fromkeys(s for s, _, _ in found):
         own = [i for i, item in enumerate(found) if item[0] == source]
@@ -534,39 +454,37 @@ def load_photos(args):
         print(f"{source:18}" + "".join(f"{count:8}" for count in counts))
     for i, reason in list(notes["bad"].items())[:3]:
         print(f"skipped  {found[int(i)][2]}: {reason}")
+    if len(taken) < 2:
+        fail(f"--data {args.data}: {len(taken)} readable photos, two at least are needed")
     return images, torch.tensor(sorted(taken))
 
 # --- checkpoints ----------------------------------------------------------------------------------
-# The same in every training script.
-
 def save(path, write):
-    """write(file) under a temporary name, then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".new.{path.name}")
+    """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
-        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space or change --out")
-
+        temporary.unlink(missing_ok=True)
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such file; {hint}")
-    except Exception as error:                         # truncated, or no checkpoint at all
-        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:60]}); {hint}")
-    if not isinstance(state, dict) or (state.get("script"), state.get("format")) != (script, FORMAT):
-        fail(f"{path}: not a checkpoint of {script}, format {FORMAT}; {hint}")
-    return state
-
+        if (state["script"], state["format"]) == (script, FORMAT):
+            return state
+        problem = f"is not of {script}, format {FORMAT}"
+    except Exception as error:                         # truncated, or something else entirely
+        problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
+    fail(f"{path}: {problem}; {hint}")
 def open_run(args, model, optimizer):
-    """A fresh --out (an earlier run moves to OUT.prev), or with --resume the state of last.pt put
-    into model and optimizer -> rows of the epochs so far, number of the best."""
-    out = Path(args.out)
+    """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
+    optimizer -> rows of the epochs so far, number of the best."""
+    out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")  # vary
     if args.resume:
         last = load_checkpoint(out / "last.pt", Path(__file__).name, "start without --resume")
-        free = ("resume", "out", "root", "device", "compile")           # may differ
         other = [f"--{name.replace('_', '-')} {vars(args).get(name)} (was {was})" for name, was in
                  last["args"].items() if name not in free and vars(args).get(name) != was]
         if other:
@@ -574,19 +492,15 @@ def open_run(args, model, optimizer):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
         if not (out / "log.jsonl").exists():
             fail(f"--out {out}: holds something that is not a run; choose another folder")
-        previous = out.with_name(out.name + ".prev")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(out, previous)
-        print(f"note     the earlier run is now in {previous}")
-    out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(f"{out}.prev", ignore_errors=True)
+        out.rename(f"{out}.prev")
+        print(f"note     the earlier run is now in {out}.prev")
     return [], 0
-
 def save_epoch(args, model, optimizer, history, best):
-    """best.pt if the last epoch is the best, the log, last.pt. Killed in between, --resume does the
-    epoch again, with the same result."""
+    """best.pt if the last epoch is the best, the log, last.pt; a kill between loses one epoch."""
     out = Path(args.out)
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
@@ -595,19 +509,19 @@ def save_epoch(args, model, optimizer, history, best):
     save(out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in history)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
-
 def draw_samples(path, *columns):
-    """Pictures (N, 3, H, W) uint8, one column each, as a PNG."""
-    rows = torch.cat([column.cpu() for column in columns], 3).movedim(1, -1)    # (N, H, W', 3)
-    save(path, lambda f: Image.fromarray(rows.flatten(0, 1).numpy()).save(f, "PNG"))
+    """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
+    colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
+    colours[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])
+    columns = [c.cpu().movedim(1, -1) if c.dim() == 4 else colours[c.cpu().long()] for c in columns]
+    page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
+    save(path, lambda f: page.save(f, "PNG"))
 
 # --- main -----------------------------------------------------------------------------------------
-
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     out = Path(args.out)
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     ## 1. The settings.
     if args.data == "auto":
         found = any(Path(args.root, name).is_dir() for name in ("cifar-10-batches-py", *URLS))
@@ -615,79 +529,68 @@ def main(argv=None):
     settle(args, 2 ** args.downs)
     device, bf16 = pick_device(args.device)
     amp = args.amp and bf16
-    print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  "
-          f"seed {args.seed}  -> {args.out}")
-
-    ## 2. The photos: a tenth (at most 2,000) for validation, --frac of the others for training.
+    print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
+          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
+    ## 2. The photos, on the device if they leave 40 % of it free: a tenth (2,000 at most) for
+    ## validation, --frac of the others for training.
     images, index = load_photos(args)
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(SPLIT_SEED))]
     held = min(len(index) // 10, 2000) or 1
-    val, train = index[:held], index[held:]
-    train = train[:max(1, round(args.frac * len(train)))]
-    images = to_device(images, device)
-    variance = (images[train[:2000]].float() / 255).var().item()
-    print(f"data     {args.data}: train {len(train)}  val {len(val)}  {args.size[0]}x{args.size[1]}  "
-          f"{images.nbytes / 1e6:.0f} MB on {images.device}  variance {variance:.4f}"
-          + ("  (drawn; real photos: --download)" if args.data == "toy" else ""))
-    print(f"settings {args.epochs} epochs of batch {args.batch_size}, lr {args.lr:.1e}, "
-          f"mask {args.mask[0]}-{args.mask[1]} in {args.mask_style} of {args.patch} px")
-
-    ## 3. The model.
+    val, train = index[:held], index[held:][:round(args.frac * (len(index) - held)) or 1]
+    full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+    images = images if full else images.to(device)
+    variance = (images[train[:2000].to(images.device)].float() / 255).var().item()
+    print(f"data     {args.data}: train {len(train)}  val {len(val)}  {args.size} pixels  variance "
+          f"{variance:.4f}" + ("  (drawn; real ones: --download)" if args.data == "toy" else ""))
+    ## 3. The model. The baseline fills what is masked with the mean colour of what is visible.
     torch.manual_seed(args.seed)
     model = VQVAE(3, args.width, args.residual_width, args.residual_blocks, args.downs)
     model.to(device, memory_format=torch.channels_last)
-    print(f"model    {sum(p.numel() for p in model.parameters()):,} parameters and "
-          f"{model.quantiser.codes.numel():,} numbers in the codebook")
-    first = check(model, images, val, variance, args, amp)
-    print(f"baseline mean colour of what is visible: error {first['mean_fill']:.4f}, "
-          f"of masked pixels {first['mean_fill_masked']:.4f}")
+    weights = sum(weight.numel() for weight in model.parameters())
+    print(f"model    {weights:,} parameters, codebook of {model.quantiser.codes.numel():,} numbers")
+    baseline = check(model, images, val, variance, args, amp)["mean_fill"]
+    print(f"baseline mean colour: error of masked pixels {baseline:.4f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     history, best = open_run(args, model, optimizer)
     if args.compile:
         model.compile()
-
     ## 4. Train; the best epoch is the one with the lowest loss on the validation photos.
-    print("   epoch    loss  val_loss   error  masked  perplexity     used       lr   img/s     sec")
+    print("   epoch    loss  val_loss   error  masked perplexity     used       lr   img/s     sec")
     try:
         for epoch in range(len(history), args.epochs):
-            start = time.perf_counter()
-            loss, speed = pretrain_epoch(model, images, train, variance, optimizer, args, epoch, amp)
-            scores = check(model, images, val, variance, args, amp)
-            row = {"epoch": epoch + 1, "loss": loss,
-                   **{f"val_{name}": value for name, value in scores.items()},
-                   "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
-                   "seconds": time.perf_counter() - start, "memory_gb": peak_memory(device)}
-            better = not history or row["val_loss"] < history[best - 1]["val_loss"]
-            best = epoch + 1 if better else best
+            began = time.perf_counter()
+            loss, speed = pretrain_epoch(model, images, train, variance, optimizer, args, epoch,
+                                         amp)
+            seen = check(model, images, val, variance, args, amp)
+            row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
+                   "lr": lr_at(epoch, args.epochs, args.lr), "images_per_second": speed,
+                   "seconds": time.perf_counter() - began, "memory_gb":
+                   torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
             history.append(row)
+            best = min(history, key=lambda row: row["val_loss"])["epoch"]
             save_epoch(args, model, optimizer, history, best)
-            used = f"{scores['used']}/{len(model.quantiser.codes)}"
-            print(f"{epoch + 1:>4}/{args.epochs:<4}{loss:7.4f}{scores['loss']:10.4f}"
-                  f"{scores['error']:8.4f}{scores['masked']:8.4f}{scores['perplexity']:12.1f}{used:>9}"
-                  f"{row['lr']:9.1e}{speed:8,.0f}{row['seconds']:8.1f}{' *' if better else ''}",
-                  flush=True)
+            print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_masked:8.4f}"
+                  "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
+                  "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
+                                             " *" if best == epoch + 1 else "", **row), flush=True)
     except KeyboardInterrupt:
-        progress("")
-        print(f"stopped  {len(history)} whole epochs are kept: --resume continues after them")
+        print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
         raise SystemExit(130)
-
     ## 5. Report: the best epoch's scores, and photo, masked photo, output.
     model.load_state_dict(load_checkpoint(out / "best.pt", "pretrain.py", "train again")["model"])
-    result = {**history[best - 1], "args": vars(args), "torch": str(torch.__version__),
-              "parameters": sum(p.numel() for p in model.parameters()), "photos": len(train),
-              "total_seconds": sum(row["seconds"] for row in history)}
-    save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    x = to_float(images[val[:8]].to(device))
-    keep = draw_masks(len(x), x.shape[2:], *args.mask, args.patch, args.mask_style,
-                      torch.Generator().manual_seed(SPLIT_SEED)).to(device)
-    seen = torch.where(keep, x, FILL)
-    with torch.inference_mode():
-        output = model.eval()(seen, keep)[0]
-    draw_samples(out / "samples.png", *(to_bytes(picture) for picture in (x, seen, output)))
     row = history[best - 1]
-    print(f"best     epoch {best}  error {row['val_error']:.4f}  masked {row['val_masked']:.4f} "
-          f"(mean colour {row['val_mean_fill_masked']:.4f})  perplexity {row['val_perplexity']:.0f}  "
-          f"used {row['val_used']}  {out / 'best.pt'}  total {result['total_seconds']:.0f} s")
+    result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
+              "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}
+    save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
+    x = to_float(images[val[:8].to(images.device)].to(device))
+    g = torch.Generator().manual_seed(SPLIT_SEED)
+    keep = draw_masks(len(x), args.size, *args.mask, args.patch, args.mask_style, g).to(device)
+    seen = torch.where(keep, x, FILL)
+    pictures = (x, seen, model.eval()(seen, keep)[0].detach())
+    draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in pictures))
+    print("best     epoch {epoch}  error {val_error:.4f}  masked {val_masked:.4f}, mean colour "
+          "{val_mean_fill:.4f}  perplexity {val_perplexity:.0f}  used {val_used}  {0}  {1:.0f} s"
+          .format(out / "best.pt", result["total_seconds"], **row))
 
 if __name__ == "__main__":
     main()

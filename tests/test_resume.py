@@ -1,0 +1,187 @@
+"""Stopped and continued equals uninterrupted, to the bit; a kill leaves files that load."""
+import os, random, shutil, signal, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import SCRIPTS, checkpoint, load, rows, start, write_folder
+
+RESUMABLE = [name for name in SCRIPTS if name in ("finetune", "pretrain", "vqvae")]
+each = pytest.mark.parametrize("name", RESUMABLE)
+TIMES = ("seconds", "images_per_second", "memory_gb")
+
+@pytest.fixture
+def argv(here):
+    """argv(name, *flags): a training of seconds on thirty photos."""
+    folder = write_folder(here / "photos", 30)
+    def build(name, *flags):
+        more = ["--init", "none"] if name == "finetune" else []
+        data = folder if name == "finetune" else folder / "images"
+        return ["--data", str(data), "--size", "16", "--epochs", "4", "--batch-size", "4", *more, *flags]
+    return build
+
+def timeless(folder):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder)]
+
+def same_weights(a, b):
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+def interrupt(monkeypatch, at):
+    """KeyboardInterrupt in the optimiser's step number `at` -> the counter of steps."""
+    step, count = torch.optim.AdamW.step, [0]
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == at:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return count
+
+@each
+def test_resumed_equals_uninterrupted(name, argv, monkeypatch, capsys):
+    m = load(name)
+    with monkeypatch.context() as patch:
+        steps = interrupt(patch, None)
+        m.main(argv(name, "--out", "straight"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, steps[0] // 2 + steps[0] // 8)          # in the middle of epoch 3 of 4
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            m.main(argv(name, "--out", "stopped"))
+    out = capsys.readouterr().out
+    assert stop.value.code == 130 and "--resume" in out and "2 whole epochs" in out
+    assert len(rows("stopped")) == 2 and not Path("stopped/result.json").exists()
+    m.main(argv(name, "--out", "stopped", "--resume"))
+    out = capsys.readouterr().out
+    assert "  3/4" in out and "  2/4" not in out
+    for file in ("last.pt", "best.pt"):
+        a, b = checkpoint(f"straight/{file}"), checkpoint(f"stopped/{file}")
+        assert same_weights(a["model"], b["model"]) and a["epoch"] == b["epoch"], file
+    assert timeless("straight") == timeless("stopped") and len(rows("stopped")) == 4
+    a, b = (checkpoint(f"{folder}/last.pt")["optimizer"]["state"] for folder in ("straight", "stopped"))
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+
+@each
+def test_stopped_in_the_first_epoch(name, argv, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(SystemExit) as stop:
+            load(name).main(argv(name, "--out", "run"))
+    assert stop.value.code == 130 and "0 whole epochs" in capsys.readouterr().out.replace("no whole", "0 whole")
+    assert not Path("run/last.pt").exists()
+
+@each
+def test_a_finished_run_just_reports(name, argv, monkeypatch, capsys):
+    m = load(name)
+    m.main(argv(name, "--out", "run", "--epochs", "1"))
+    before, files = timeless("run"), sorted(os.listdir("run"))
+    steps = interrupt(monkeypatch, None)
+    capsys.readouterr()
+    m.main(argv(name, "--out", "run", "--epochs", "1", "--resume"))
+    assert steps == [0] and timeless("run") == before and sorted(os.listdir("run")) == files
+    assert "\nbest " in capsys.readouterr().out
+
+@each
+def test_other_arguments_are_named(name, argv, refuse):
+    load(name).main(argv(name, "--out", "run", "--epochs", "1"))
+    before = Path("run/last.pt").read_bytes()
+    line = refuse(name, *argv(name, "--out", "run", "--epochs", "2", "--lr", "0.02", "--resume"))
+    assert "--lr" in line and "0.02" in line and "--epochs" in line and "--seed" not in line
+    assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
+
+@each
+def test_a_moved_run_resumes(name, argv):
+    load(name).main(argv(name, "--out", "run", "--epochs", "1"))
+    shutil.move("run", "elsewhere")
+    load(name).main(argv(name, "--out", "elsewhere", "--epochs", "1", "--resume"))
+    assert len(rows("elsewhere")) == 1
+
+@each
+def test_leftover_temporary_files_are_ignored(name, argv):
+    load(name).main(argv(name, "--out", "run", "--epochs", "1"))
+    for file in ("best.pt", "last.pt", "log.jsonl", "model.pt2"):
+        Path(f"run/.4711.{file}").write_bytes(b"half a fi")
+    load(name).main(argv(name, "--out", "run", "--epochs", "1", "--resume"))
+    load(name).main(argv(name, "--out", "run", "--epochs", "1"))
+    assert Path("run.prev/best.pt").exists() and len(rows("run")) == 1
+
+@each
+def test_one_generation_is_kept(name, argv, capsys):
+    for seed in "012":
+        load(name).main(argv(name, "--out", "run", "--epochs", "1", "--seed", seed))
+    assert checkpoint("run/best.pt")["args"]["seed"] == 2
+    assert checkpoint("run.prev/best.pt")["args"]["seed"] == 1
+    assert capsys.readouterr().out.count("run.prev") == 2 and not Path("run.prev.prev").exists()
+
+def wait_for(test, child, seconds=120):
+    end = time.monotonic() + seconds
+    while not test():
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+@each
+def test_sigterm_is_a_ctrl_c(name, argv, here):
+    child = start(name, *argv(name, "--out", "run", "--epochs", "100000"), cwd=here)
+    try:
+        wait_for(lambda: Path("run/last.pt").exists(), child)
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "--resume" in out and "Traceback" not in err
+    assert checkpoint("run/last.pt")["epoch"] == len(rows("run"))
+
+@each
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_while_saving(name, argv):
+    """Twenty kills at random moments of a process that does nothing but save."""
+    m, before = load(name), set()
+    m.main(argv(name, "--out", "run", "--epochs", "1"))
+    last = checkpoint("run/last.pt")
+    args = m.parse_args([])
+    vars(args).update(last["args"], out="run")
+    net = torch.nn.Linear(400, 400)
+    optimizer = torch.optim.AdamW(net.parameters())
+    g = random.Random(0)
+    for number in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                for epoch in range(10**6):
+                    m.save_epoch(args, net, optimizer, last["history"] * (epoch % 7 + 1), epoch % 7 + 1)
+            finally:
+                os._exit(1)
+        time.sleep(g.uniform(0.005, 0.08))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])           # it was still saving
+        files = [file for file in Path("run").iterdir() if not file.name.startswith(".")]
+        assert {"best.pt", "last.pt", "log.jsonl"} <= {file.name for file in files}
+        for file in files:
+            if file.suffix == ".pt":
+                state = checkpoint(file)
+                before.add((file.name, state["epoch"]))
+        assert all(row["epoch"] == 1 for row in rows("run"))
+    assert len(before) > 4                                       # it did save, at different epochs
+
+@each
+@pytest.mark.slow
+def test_killed_while_training(name, argv, here):
+    """A training killed and resumed twenty times ends like one that was left alone."""
+    load(name).main(argv(name, "--out", "straight", "--epochs", "60"))
+    g, kills = random.Random(1), 0
+    while not Path("run/result.json").exists():
+        more = ["--resume"] if Path("run/last.pt").exists() else []
+        child = start(name, *argv(name, "--out", "run", "--epochs", "60", *more), cwd=here)
+        size = len(rows("run")) if Path("run/log.jsonl").exists() else 0
+        if kills < 20:
+            wait_for(lambda: Path("run/log.jsonl").exists() and len(rows("run")) > size, child)
+            time.sleep(g.uniform(0, 0.2))
+            child.kill()
+            kills += 1
+        out, err = child.communicate(timeout=300)
+        for file in Path("run").glob("*.pt"):
+            checkpoint(file)
+        assert child.returncode in (0, -9), out + err
+    assert timeless("run") == timeless("straight")
+    assert same_weights(checkpoint("run/last.pt")["model"], checkpoint("straight/last.pt")["model"])
