@@ -1,8 +1,8 @@
 """Score finished segmenters on photos they have never seen: stage 3 of 3.
 
-WHAT IT DOES    Reads model.pt2 files, programs made by torch.export that turn photos (B, 3, H, W) in
-  [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix an image, all scores from
-  these. It holds no architecture, so a program from any other segmenter is scored as well.
+WHAT IT DOES    Reads model.pt2 files, programs made by torch.export that turn photos (B, 3, H, W)
+  in [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix a photo, all scores from
+  these. It holds no architecture, so a program of any other segmenter is scored as well.
 YOU WILL LEARN
   - why a file can run code, and what to look at before it is loaded -> inspect_program
   - that every score is a few sums over one integer matrix -> image_counts, class_scores
@@ -11,8 +11,7 @@ RUN IT          python evaluate.py                                  every run un
                 python evaluate.py checkpoints/finetune --split val
                 python evaluate.py --blur 50 --as-published --json scores.json
 WHAT TO EXPECT  @CARD@
-  A broken run stands level with a baseline: a network that answers "all background" is right on more
-  than half of the pixels.
+  A broken run stands level with a baseline: all background is right on more than half of the pixels.
 """
 import argparse, hashlib, io, json, os, re, sys, time, zipfile
 from collections import Counter
@@ -36,14 +35,14 @@ MEANS = {"accuracy": "accuracy", "mIoU": "miou", "Dice": "dice", "precision": "p
 CONVENTIONS = {"pet, no border": "pet_iou_without_border", "pet + border": "pet_iou_border_as_pet",
                "cats mIoU": "cat_miou", "dogs mIoU": "dog_miou"}
 PUBLISHED = [{key.replace("_", " "): key for key in keys.split()} for keys in (
-    "D1_dice D1_iou D2_dice D2_iou D3_dice D3_iou", "D4_accuracy D5_f1 D5_iou D6_dice D6_iou D7_dice")]
+    "D1_dice D1_iou D2_dice D2_iou D3_dice D3_iou",
+    "D4_accuracy D5_f1 D5_iou D6_dice D6_iou D7_dice")]
 IGNORE = 255                     # label of pixels that count neither in a loss nor in a score
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
         "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
 HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
             {})                  # --help shows this docstring as it is, and the defaults
-
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
@@ -63,7 +62,8 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", help="toy, pets or a folder; without it, what each program was trained on")
     add("--root", help="where the data sets lie; without it, where they lay in training, or data")
-    add("--split", choices=("test", "val"), default="test", help="test is for the end: choose on val")
+    add("--split", choices=("test", "val"), default="test",
+        help="test is for the end; choose on val")
     add("--blur", type=number(float, 0, 100), default=0.0, help="percent; 100 is 10 pixels at 120")
     add = p.add_argument_group("runtime").add_argument
     add("--batch-size", type=number(int, 1, 10**6), default=64, help="changes no score")
@@ -74,26 +74,26 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 # --- programs -------------------------------------------------------------------------------------
-## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it: pickles in
-## it run code, size expressions are evaluated, operators are looked up by name anywhere in torch, and
-## compiled libraries are loaded. So every such place is looked at first, and what is odd is refused.
+
+## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it: pickles
+## in it run code, size expressions are evaluated, operators are looked up by name anywhere in torch,
+## compiled libraries are loaded. So each such place is looked at first, and what is odd is refused.
 
 NAMES = re.compile(r"(archive_format|archive_version|byteorder|\.data/\w+|\.format_version|"
                    r"\.storage_alignment|models/model\.json|data/sample_inputs/model\.pt|"
                    r"data/(weights|constants)/((weight|tensor)_\d+|model_\w+_config\.json)|"
                    r"extra/meta\.json)")
 SYMBOL = re.compile(r"Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)")
-SIZES = re.compile(r"((Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b|[-\d\s(),])*")
-TARGETS = re.compile(r"torch\.ops\.(aten|higher_order|torchvision)\.\w+(\.\w+)?|_operator\.(getitem|"
-                     r"add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
-
+SIZES = re.compile(r"((Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b|"
+                   r"[-\d\s(),])*")
+TARGETS = re.compile(r"torch\.ops\.(aten|higher_order|torchvision)\.\w+(\.\w+)?|_operator\.("
+                     r"getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
 def walk(node):
     """Every (key, value) anywhere inside a JSON value."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield key, value
         if isinstance(value, (dict, list)):
             yield from walk(value)
-
 def inspect_program(path):
     """Look into the archive without running anything of it -> its meta.json; ValueError names what
     was refused."""
@@ -124,9 +124,8 @@ def inspect_program(path):
         except Exception as error:
             raise ValueError("its sample inputs are more than tensors") from error
         return json.loads(read("extra/meta.json"))
-
 def open_program(path, device):
-    """A .pt2 file -> segment(x), which maps (B, 3, H, W) float in [0, 1] to logits (B, C, H, W), and
+    """A .pt2 file -> segment(x), from (B, 3, H, W) float in [0, 1] to logits (B, C, H, W), and
     its meta.json with classes, size as [H, W] and ignore."""
     try:
         meta = inspect_program(path)
@@ -140,12 +139,16 @@ def open_program(path, device):
     except FileNotFoundError:
         fail(f"{path}: no such file; train first, for instance with python finetune.py")
     except KeyError as error:
-        fail(f"{path}: refused: {error} is missing in it; wanted a program as finetune.py exports it")
+        fail(f"{path}: refused: {error} is missing; wanted a program as finetune.py exports it")
     except Exception as error:
         fail(f"{path}: refused: {(str(error).splitlines() or [type(error).__name__])[0][:150]}")
     if shape != (3, len(meta["classes"]), *meta["size"]):
         fail(f"{path}: refused: for 3 photos it answers {shape}, wanted "
              f"{(3, len(meta['classes']), *meta['size'])}")
+    with FlopCounterMode(display=False) as counter:
+        segment(torch.zeros(1, 3, *meta["size"], device=device))
+    meta["cost"] = {"parameters": sum(weight.numel() for weight in program.parameters()),
+                    "multiply_adds": counter.get_total_flops() // 2}        # of one photo
     return segment, meta
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -158,14 +161,12 @@ def image_counts(hard, masks, C):
     cell = cell + torch.arange(B, device=cell.device).view(B, 1, 1) * (C * C + 1)
     counts = torch.bincount(cell.flatten(), minlength=B * (C * C + 1))
     return counts.view(B, C * C + 1)[:, :-1].view(B, C, C)
-
 def ratio(top, bottom):
     """top / bottom, nan where bottom is 0."""
     return top.double() / bottom.double()
-
 def class_scores(counts, names):
-    """Scores of a whole split from its matrices (N, C, C); names are those of the classes that count,
-    the last of C. A class that never occurs is nan and left out of the means."""
+    """Scores of a whole split from its matrices (N, C, C); names are those of the classes that
+    count, the last of C. A class that never occurs is nan and left out of the means."""
     n, whole = len(names), counts.sum(0)
     hit, truth, guess = whole.diag()[-n:], whole.sum(1)[-n:], whole.sum(0)[-n:]
     each = {"iou": ratio(hit, truth + guess - hit), "dice": ratio(2 * hit, truth + guess),
@@ -183,7 +184,6 @@ def class_scores(counts, names):
     out["classes"] = {label: {name: values[i].item() if seen[i] else None
                               for name, values in each.items()} for i, label in enumerate(names)}
     return out
-
 def pet_scores(counts, breeds):
     """For the pets: the pet alone, with border pixels left out and with border counted as pet, and
     mean IoU for each species (the names of cat breeds begin with a capital)."""
@@ -194,7 +194,6 @@ def pet_scores(counts, breeds):
     return {"pet_iou_without_border": inner, "pet_iou_border_as_pet": outer,
             **{f"{kind}_{key}": value for kind, which in (("cat", cat), ("dog", ~cat))
                for key, value in class_scores(counts[which], PETS).items() if key != "classes"}}
-
 def soft_sums(logits, masks):
     """(B, 2, 3): |P and T|, |P|, |T| summed over channels and pixels of each image, with P the
     sigmoid of the logits, and with P the sigmoid of that."""
@@ -204,10 +203,9 @@ def soft_sums(logits, masks):
     sums = [torch.stack([(p * y).sum((1, 2, 3)), (p * valid).sum((1, 2, 3)), y.sum((1, 2, 3))], 1)
             for p in (logits.sigmoid(), logits.sigmoid().sigmoid())]
     return torch.stack(sums, 1)
-
 def published_scores(counts, soft, names):
-    """The definitions behind the numbers of five earlier projects, on this network's answers. All of
-    them are called Dice or IoU there."""
+    """The definitions behind the numbers of five earlier projects, on this network's answers. Most
+    of them are called Dice or IoU there."""
     n = len(names)
     hit = lambda c: c.diagonal(dim1=1, dim2=2)[:, -n:]
     both = lambda c: (c.sum(1) + c.sum(2))[:, -n:]
@@ -248,6 +246,7 @@ def progress(text):
         print(f"\r{text:<39.39}\r", end="", flush=True)
 
 # --- labelled data --------------------------------------------------------------------------------
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
@@ -379,7 +378,6 @@ def save(path, write):
 
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # pet, ground, border
-
 def draw_overlay(path, images, masks, hard):
     """Photo, truth over it and prediction over it for N photos, a row each; wrong pixels in red."""
     photo = images.movedim(1, -1).float()                                    # (N, H, W, 3)
@@ -394,22 +392,22 @@ def draw_overlay(path, images, masks, hard):
     for i, title in enumerate(("photo", "truth", "prediction", "wrong in red")):
         ImageDraw.Draw(page).text((i * picture.width // 4 + 6, 4), title, "black")
     save(path, lambda file: page.save(file, "PNG"))
-
 def draw_curves(path, rows):
     """Loss and mean IoU over the epochs, of training (grey) and validation (orange)."""
     page = Image.new("RGB", (860, 330), "white")
     draw = ImageDraw.Draw(page)
-    for left, title, keys in ((50, "loss", ("loss", "val_loss")), (470, "mean IoU", ("miou", "val_miou"))):
+    for left, title, keys in ((50, "loss", ("loss", "val_loss")),
+                              (470, "mean IoU", ("miou", "val_miou"))):
         values = [row[key] for row in rows for key in keys]
-        low, high = (0, 1) if title != "loss" else (min(values), max(max(values), min(values) + 1e-9))
+        low, high = (min(values), max(values) + 1e-9) if title == "loss" else (0, 1)
         draw.text((left, 8), f"{title}: training grey, validation orange", "black")
         for i in range(5):                                                   # grid and labels
             y = 280 - 62 * i
             draw.line((left, y, left + 360, y), "lightgrey")
             draw.text((left - 36, y - 6), f"{low + (high - low) * i / 4:.2f}", "black")
         for key, colour in zip(keys, ("grey", "darkorange")):
-            points = [(left + 360 * (i + 0.5) / len(rows), 280 - 248 * (row[key] - low) / (high - low))
-                      for i, row in enumerate(rows)]
+            points = [(left + 360 * (i + 0.5) / len(rows),
+                       280 - 248 * (row[key] - low) / (high - low)) for i, row in enumerate(rows)]
             draw.line(points, colour, 3)
             x, y = points[-1]
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
@@ -428,7 +426,6 @@ def blur_photos(images, percent):
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(soft, images.movedim(1, -1).contiguous().numpy()))
     return torch.from_numpy(np.stack(rows)).movedim(-1, 1)
-
 @torch.inference_mode()
 def run_program(segment, images, masks, C, batch, device):
     """A program over a whole split -> hard labels (N, H, W) uint8, matrices (N, C', C'), soft sums
@@ -442,7 +439,6 @@ def run_program(segment, images, masks, C, batch, device):
         counts.append(image_counts(label, y, max(2, C)).cpu())
         soft.append(soft_sums(logits, y).cpu())
     return torch.cat(hard), torch.cat(counts), torch.cat(soft), time.perf_counter() - began
-
 def table(title, columns, rows, value):
     """Aligned columns of numbers under a title; rows are (name, scores), None or nan is a dash."""
     width = max(len(title), *(len(name) for name, _ in rows)) + 1
@@ -451,16 +447,13 @@ def table(title, columns, rows, value):
         values = [(value(each, column), max(10, len(column) + 2)) for column in columns]
         print(name.ljust(width) + "".join(
             f"{'-' if v is None or v != v else f'{v:.4f}':>{size}}" for v, size in values))
-
 def all_scores(counts, soft, names, breeds, as_published):
-    """Every score of a split: of the classes, for pets of the species, if asked of the publications."""
+    """All scores of a split: of the classes, for pets of the species, if asked the published."""
     out = class_scores(counts, names)
     out |= pet_scores(counts, breeds) if names == PETS else {}
     return out | (published_scores(counts, soft, names) if as_published else {})
-
 def main(argv=None):
     args = parse_args(argv)
-
     ## 1. The programs: those named, or every finished run.
     paths = [Path(run, "model.pt2") if Path(run).is_dir() else Path(run) for run in args.runs] or \
         [path for path in sorted(Path("checkpoints").glob("*/model.pt2"))
@@ -469,14 +462,13 @@ def main(argv=None):
         fail("no finished run under checkpoints/; train one first: python pretrain.py and then "
              "python finetune.py")
     device, _ = pick_device(args.device)
-    print(f"evaluate.py  torch {torch.__version__}  {device}  split {args.split}  blur {args.blur:g} %")
+    print(f"evaluate.py  torch {torch.__version__}  {device}  {args.split}  blur {args.blur:g} %")
     programs = [(path, *open_program(path, device)) for path in paths]
-
     ## 2. Each on its data; photos that several share are read once.
     sets, records = {}, []
     for path, segment, meta in programs:
         trained = meta.get("args", {})
-        data = args.data or trained.get("data") or fail(f"{path}: give --data, it names none itself")
+        data = args.data or trained.get("data") or fail(f"{path}: names no data; give --data")
         root, C = args.root or trained.get("root", "data"), len(meta["classes"])
         key = (data, str(root), *meta["size"], meta["ignore"])
         if key not in sets:
@@ -487,12 +479,13 @@ def main(argv=None):
         if len(names) > C or (names == PETS) != (meta["classes"] == PETS):
             fail(f"{path}: its classes are {', '.join(meta['classes'])}, those of {data} are "
                  f"{', '.join(names)}")
-        hard, counts, soft, seconds = run_program(segment, images, masks, C, args.batch_size, device)
+        hard, counts, soft, seconds = run_program(segment, images, masks, C, args.batch_size,
+                                                  device)
         records.append({
             "run": str(path.parent if path.name == "model.pt2" else path), "data": data,
             "split": args.split, "photos": len(images), "size": meta["size"], "blur": args.blur,
             "script": meta.get("script"), "device": str(device), "torch": str(torch.__version__),
-            "images_per_second": len(images) / seconds,
+            "images_per_second": len(images) / seconds, **meta["cost"],
             "scores": all_scores(counts, soft, meta["classes"], breeds, args.as_published)})
         group.append((records[-1]["run"], records[-1]["scores"]))
         if not constants:        # what every constant answer scores, beside the networks
@@ -510,7 +503,6 @@ def main(argv=None):
         if log.exists():
             draw_curves(path.with_name("curves.png"),
                         [json.loads(line) for line in log.read_text().splitlines()])
-
     ## 4. Tables: all classes, each class, and for pets the conventions and the species.
     for (data, _, H, W, _), (images, _, _, _, group, constants) in sets.items():
         group += constants
@@ -527,6 +519,5 @@ def main(argv=None):
         save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
     print("\npictures overlay.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
-
 if __name__ == "__main__":
     main()

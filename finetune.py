@@ -32,6 +32,7 @@ COMMITMENT = 0.25                # weight of the commitment loss, as in the pape
 SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
+SUMS = ("bce", "dice", "iou", "bce+dice", "bce+iou", "dice+iou", "bce+dice+iou")
 IGNORE = 255                     # label of pixels that count neither in a loss nor in a score
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
@@ -72,7 +73,7 @@ def parse_args(argv=None):
     add("--init", default="checkpoints/pretrain/best.pt", help="what to start from, or none")
     add("--take", choices=("encoder", "all", "none"), default="encoder", help="none: the widths")
     add = p.add_argument_group("optimisation").add_argument
-    add("--loss", type=losses, default="bce+dice", help="a sum of bce, dice and iou")
+    add("--loss", choices=SUMS, default="bce+dice", help="their sum, equally weighted")
     add("--epochs", type=number(int, 1, 10**6), default="auto", help="passes over the photos")
     add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory ends")
     add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if loss jumps")
@@ -228,14 +229,11 @@ def iou_loss(logits, y, valid):
     """1 - IoU, IoU = (|P and T| + 1) / (|P or T| + 1) of each image and channel, mean."""
     both, total = overlap(logits, y, valid)
     return 1 - ((both + 1) / (total - both + 1)).mean()
-LOSSES = {"bce": bce, "dice": dice_loss, "iou": iou_loss}
-def losses(text):
-    """An argparse type: names of losses joined by +."""
-    return text if {*text.split("+")} <= {*LOSSES} else fail(f"--loss {text}: a sum of {[*LOSSES]}")
 def segmentation_loss(logits, masks, names):
     """Sum of the named losses in float32, logits (B, C, H, W) against masks (B, H, W)."""
     y, valid = one_hot(masks, logits.shape[1])
-    return sum(LOSSES[name](logits.float(), y, valid) for name in names.split("+"))
+    losses = {"bce": bce, "dice": dice_loss, "iou": iou_loss}
+    return sum(losses[name](logits.float(), y, valid) for name in names.split("+"))
 def hard_labels(logits):
     """(B, C, H, W) -> (B, H, W) int64: the largest of C logits, or whether the only one is > 0."""
     return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
@@ -253,6 +251,7 @@ def scores(counts, classes):
             "dice": (2 * iou / (1 + iou)).nanmean().item(), "iou": iou.nan_to_num().tolist()}
 
 # --- training -------------------------------------------------------------------------------------
+
 def pick_device(name):
     """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -330,6 +329,7 @@ def validate(model, images, masks, names, amp=False):
     return (total / len(images)).item(), counts
 
 # --- labelled data --------------------------------------------------------------------------------
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
@@ -448,6 +448,7 @@ def load_split(data, root, part, size, ignore):
     return images, table[masks.int()], breeds, PETS if data == "pets" else names
 
 # --- checkpoints ----------------------------------------------------------------------------------
+
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -595,6 +596,5 @@ def main(argv=None):
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8], hard_labels(logits))
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
-
 if __name__ == "__main__":
     main()

@@ -214,6 +214,7 @@ def perplexity(use):
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 
 # --- training -------------------------------------------------------------------------------------
+
 def pick_device(name):
     """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -326,6 +327,7 @@ def check(model, images, index, variance, args, amp=False):
             "perplexity": perplexity(use), "used": int((use > 0).sum())}
 
 # --- unlabelled data ------------------------------------------------------------------------------
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
@@ -459,6 +461,7 @@ def load_photos(args):
     return images, torch.tensor(sorted(taken))
 
 # --- checkpoints ----------------------------------------------------------------------------------
+
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -591,6 +594,5 @@ def main(argv=None):
     print("best     epoch {epoch}  error {val_error:.4f}  masked {val_masked:.4f}, mean colour "
           "{val_mean_fill:.4f}  perplexity {val_perplexity:.0f}  used {val_used}  {0}  {1:.0f} s"
           .format(out / "best.pt", result["total_seconds"], **row))
-
 if __name__ == "__main__":
     main()

@@ -341,6 +341,15 @@ ATTACKS = {        # what is in the archive, and what the message must name
         "torch.ops.higher_order.wrap", {"name": "func", "arg": {"as_operator": "torch.hub.load"}, "kind": 2}))), ""),
     "code in the name of an argument": lambda f: (change(f, "models/model.json", lambda g: nodes(g).insert(0, node(
         "torch.ops.higher_order.wrap", {"name": f"a={shell()}, b", "arg": {"as_int": 1}, "kind": 2}))), ""),
+    "code in the name of an input": lambda f: (change(
+        f, "models/model.json", lambda g: g["graph_module"]["module_call_graph"][0]["signature"].update(
+            forward_arg_names=[f"x={shell()}"])), ""),
+    "a factory in the layout of the inputs": lambda f: (change(
+        f, "models/model.json", lambda g: g["graph_module"]["module_call_graph"][0]["signature"].update(
+            in_spec=g["graph_module"]["module_call_graph"][0]["signature"]["in_spec"].replace(
+                '"builtins.dict", "context": "[]"', '"collections.defaultdict", "context": ' + json.dumps(json.dumps(
+                    {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}))))),
+        ""),
     "guards": lambda f: (change(f, "models/model.json", lambda g: g.update(guards_code=[shell()])), "code"),
     "a compiled library": lambda f: (
         f | {member(f, "archive_format").replace("archive_format", "data/aotinductor/model/x.so"): b"\x7fELF"},
