@@ -1,8 +1,8 @@
 """Score finished segmenters on photos they have never seen: stage 3 of 3.
 
 WHAT IT DOES    Reads model.pt2 files, programs made by torch.export that turn photos (B, 3, H, W)
-  in [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix a photo, all scores from
-  these. It holds no architecture, so a program of any other segmenter is scored as well.
+  in [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix a photo, all scores
+  from these. It holds no architecture, so a program of any other segmenter is scored too.
 YOU WILL LEARN
   - why a file can run code, and what to look at before it is loaded -> inspect_program
   - that every score is a few sums over one integer matrix -> image_counts, class_scores
@@ -11,7 +11,7 @@ RUN IT          python evaluate.py                                  every run un
                 python evaluate.py checkpoints/finetune --split val
                 python evaluate.py --blur 50 --as-published --json scores.json
 WHAT TO EXPECT  @CARD@
-  A broken run stands level with a baseline: all background is right on more than half of the pixels.
+  A broken run stands level with a baseline: all background is right on over half the pixels.
 """
 import argparse, hashlib, io, json, os, re, sys, time, zipfile
 from collections import Counter
@@ -76,8 +76,8 @@ def parse_args(argv=None):
 # --- programs -------------------------------------------------------------------------------------
 
 ## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it: pickles
-## in it run code, size expressions are evaluated, operators are looked up by name anywhere in torch,
-## compiled libraries are loaded. So each such place is looked at first, and what is odd is refused.
+## in it run code, size expressions are evaluated, operators are looked up anywhere in torch,
+## libraries are loaded. So each such place is looked at first; what is odd is refused.
 
 NAMES = re.compile(r"(archive_format|archive_version|byteorder|\.data/\w+|\.format_version|"
                    r"\.storage_alignment|models/model\.json|data/sample_inputs/model\.pt|"

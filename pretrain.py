@@ -457,7 +457,7 @@ def load_photos(args):
     for i, reason in list(notes["bad"].items())[:3]:
         print(f"skipped  {found[int(i)][2]}: {reason}")
     if len(taken) < 2:
-        fail(f"--data {args.data}: {len(taken)} readable photos, two at least are needed")
+        fail(f"--data {args.data}: {len(taken)} readable photos, two are needed")
     return images, torch.tensor(sorted(taken))
 
 # --- checkpoints ----------------------------------------------------------------------------------
