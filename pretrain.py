@@ -12,8 +12,7 @@ RUN IT          python pretrain.py --mask 0.05-0.25
 WHAT TO EXPECT  @CARD@
   A broken run: `used` stays below 50/512, or `masked` does not fall below the mean colour's error.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
-  encoder runs away from slow codes, and the codebook collapses. Codes start from data, unused ones
-  move to data. He's first weights. Masked photos in, clean ones wanted.
+  encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked photos in.
 """
 import argparse, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,12 +48,6 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text == "auto" else kind(text)
     return parse
-def share_range(text):
-    """An argparse type: LO-HI with 0 <= LO <= HI <= 0.95 -> [LO, HI]."""
-    low, _, high = text.partition("-")
-    if not 0 <= float(low) <= float(high or "nan") <= 0.95:
-        raise argparse.ArgumentTypeError(f"{text} is not LO-HI with 0 <= LO <= HI <= 0.95")
-    return [float(low), float(high)]
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -210,6 +203,8 @@ def mean_fill(x, keep):
     return torch.where(keep, x, colour)
 def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
+    ## Entropy says how many bits the choice of a code carries; 2 to that power (here e, for nats)
+    ## is the size of a codebook of which all entries are used alike and that carries as much.
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 
@@ -236,6 +231,12 @@ def to_float(images):
 def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+def share_range(text):
+    """An argparse type: LO-HI with 0 <= LO <= HI <= 0.95 -> [LO, HI]."""
+    low, _, high = text.partition("-")
+    if not 0 <= float(low) <= float(high or "nan") <= 0.95:
+        raise argparse.ArgumentTypeError(f"{text} is not LO-HI with 0 <= LO <= HI <= 0.95")
+    return [float(low), float(high)]
 def draw_masks(B, size, low, high, patch, style, g=None):
     """B masks that hide a share of the area drawn from [low, high] -> (B, 1, H, W) bool, True where
     the photo stays visible. Drawn on the CPU, whatever the device."""
@@ -248,6 +249,7 @@ def draw_masks(B, size, low, high, patch, style, g=None):
         inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None]
         return ~inside[:, None]
     h, w = -(-H // patch), -(-W // patch)
+    ## A grid of patches, each with a random rank: those of the lowest ranks are hidden.
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     keep = (rank >= hidden).view(B, 1, h, w)
@@ -287,7 +289,9 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
         seen = torch.where(keep, distort(x, args.jitter, args.grey), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
-        ## The target is the photo as it was: what is hidden must be guessed from what is not.
+        ## The target is the photo as it was: what is hidden must be guessed from what is not. Had
+        ## the mask been written into x itself, copying the grey patches would be a perfect answer,
+        ## and there would be nothing to learn from them.
         loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -534,8 +538,7 @@ def main(argv=None):
     amp = args.amp and bf16
     print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
-    ## 2. The photos, on the device if they leave 40 % of it free: a tenth (2,000 at most) for
-    ## validation, --frac of the others for training.
+    ## 2. The photos: a tenth (2,000 at most) for validation, --frac of the others for training.
     images, index = load_photos(args)
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(SPLIT_SEED))]
     held = min(len(index) // 10, 2000) or 1
@@ -588,8 +591,7 @@ def main(argv=None):
     x = to_float(images[val[:8].to(images.device)].to(device))
     g = torch.Generator().manual_seed(SPLIT_SEED)
     keep = draw_masks(len(x), args.size, *args.mask, args.patch, args.mask_style, g).to(device)
-    seen = torch.where(keep, x, FILL)
-    pictures = (x, seen, model.eval()(seen, keep)[0].detach())
+    pictures = x, torch.where(keep, x, FILL), model.eval()(torch.where(keep, x, FILL))[0].detach()
     draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in pictures))
     print("best     epoch {epoch}  error {val_error:.4f}  masked {val_masked:.4f}, mean colour "
           "{val_mean_fill:.4f}  perplexity {val_perplexity:.0f}  used {val_used}  {0}  {1:.0f} s"

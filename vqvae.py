@@ -220,6 +220,8 @@ def psnr(error):
     return -10 * math.log10(max(error, 1e-12))
 def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
+    ## Entropy says how many bits the choice of a code carries; 2 to that power (here e, for nats)
+    ## is the size of a codebook of which all entries are used alike and that carries as much.
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 
@@ -259,6 +261,9 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
         x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(x)
+        ## The decoder learns from the error, the encoder from the error (straight through the
+        ## lookup) and the commitment; the codes have moved already, inside the forward pass and
+        ## without a gradient.
         loss, _ = reconstruction_loss(output, x, commitment, variance)
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -278,6 +283,8 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
 def measure(model, images, variance, amp=False):
     """Loss, normalised error, PSNR, perplexity and codes in use over all validation photos."""
     model.eval()
+    ## Perplexity is counted over all photos together: of a single batch it could never exceed the
+    ## number of vectors in it.
     device = next(model.parameters()).device
     use = torch.zeros(len(model.quantiser.codes), dtype=torch.long, device=device)
     loss, error = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -475,14 +482,14 @@ def main(argv=None):
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images, val = (images[part].to("cpu" if full else device) for part in (train, order[:held]))
     variance = (images[:2000].float() / 255).var().item()
-    print(f"data     {args.data}: train {len(images)}  val {len(val)}  {args.size} pixels  variance "
-          f"{variance:.4f}" + ("  (drawn; real ones: --data pets)" if args.data == "toy" else ""))
+    print(f"data     {args.data}: train {len(images)}  val {len(val)}  {args.size} pixels  "
+          f"variance {variance:.4f}" + ("  (drawn; real: --data pets)" if args.data == "toy" else ""))
     ## 3. The model. Photos in grey of the mean colour would score an error of 1.
     model.to(device, memory_format=torch.channels_last)
     bits = math.log2(args.codes) / (24 * 4 ** args.downs)
     weights = sum(weight.numel() for weight in model.parameters())
-    print(f"model    {weights:,} parameters, {args.codes} codes of {args.code_size} numbers; a photo "
-          f"in codes takes {bits:.2%} of its bits")
+    print(f"model    {weights:,} parameters, {args.codes} codes of {args.code_size} numbers, which "
+          f"take {bits:.2%} of a photo's bits")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     history, best = open_run(args, model, optimizer)
     if args.compile:
