@@ -12,7 +12,7 @@ RUN IT          python pretrain.py --mask 0.05-0.25
 WHAT TO EXPECT  @CARD@
   A broken run: `used` stays below 50/512, or `masked` does not fall below the mean colour's error.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
-  encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked photos in.
+  encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked input.
 """
 import argparse, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +68,8 @@ def parse_args(argv=None):
     add("--mask", type=share_range, default="0.05-0.25", help="share of the area to mask, LO-HI")
     add("--mask-style", choices=("patches", "square"), default="patches", help="many, or one")
     add("--patch", type=number(int, 1, 512), default=8, help="side of a masked patch in pixels")
-    add("--rotate", action="store_true", help="turn photo and target by a random quarter turn")
-    add("--jitter", action="store_true", help="change the input's colours; the target stays clean")
-    add("--grey", action="store_true", help="a fifth of the inputs in grey; the target stays clean")
+    add("--distort", nargs="*", choices=("rotate", "jitter", "grey"), default=[], help="quarter "
+        "turns of photo and target; colours, or grey, of the input alone")
     add = p.add_argument_group("model").add_argument
     add("--width", type=number(int, 8, 2048), default=128, help="channels of the network")
     add("--residual-width", type=number(int, 4, 2048), default=32, help="channels within a block")
@@ -254,13 +253,13 @@ def draw_masks(B, size, low, high, patch, style, g=None):
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     keep = (rank >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
-def distort(x, jitter, grey):
-    """Change the colours of x (B, 3, H, W) in [0, 1]: brightness, contrast and saturation by up to
-    half, hue by up to a tenth of the circle (jitter); a fifth of the photos to grey (grey)."""
+def distort(x, kinds):
+    """Change the colours of x (B, 3, H, W) in [0, 1]. "jitter": brightness, contrast, saturation by
+    up to half, hue by up to a tenth of the circle. "grey": a fifth of the photos."""
     B, device = len(x), x.device
     u = lambda: (torch.rand(B, 1, 1, 1) * 2 - 1).to(device)
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(1, 3, 1, 1)
-    if jitter:
+    if "jitter" in kinds:
         x = x * (1 + 0.5 * u())
         mean = (x * luma).sum(1, True).mean((2, 3), True)
         x = mean + (x - mean) * (1 + 0.5 * u())
@@ -269,7 +268,7 @@ def distort(x, jitter, grey):
         ## Hue: turn the colour about the grey axis k (Rodrigues): c cos + (k x c) sin.
         turn = (c.roll(1, 1) - c.roll(-1, 1)) / 3 ** 0.5
         x = light + (c * angle.cos() + turn * angle.sin()) * (1 + 0.5 * u())
-    if grey:
+    if "grey" in kinds:
         x = torch.where(torch.rand(B, 1, 1, 1).to(device) < 0.2, (x * luma).sum(1, True), x)
     return x.clamp(0, 1)
 def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
@@ -283,10 +282,10 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
     for step in range(steps):
         x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))    # clean target
         x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
-        if args.rotate:
+        if "rotate" in args.distort:
             x = x.rot90(int(torch.randint(4, ())), (2, 3))
         keep = draw_masks(batch, x.shape[2:], *args.mask, args.patch, args.mask_style).to(device)
-        seen = torch.where(keep, distort(x, args.jitter, args.grey), FILL)
+        seen = torch.where(keep, distort(x, args.distort), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
         ## The target is the photo as it was: what is hidden must be guessed from what is not. Had

@@ -483,7 +483,8 @@ def main(argv=None):
     images, val = (images[part].to("cpu" if full else device) for part in (train, order[:held]))
     variance = (images[:2000].float() / 255).var().item()
     print(f"data     {args.data}: train {len(images)}  val {len(val)}  {args.size} pixels  "
-          f"variance {variance:.4f}" + ("  (drawn; real: --data pets)" if args.data == "toy" else ""))
+          f"variance {variance:.4f}"
+          + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model. Photos in grey of the mean colour would score an error of 1.
     model.to(device, memory_format=torch.channels_last)
     bits = math.log2(args.codes) / (24 * 4 ** args.downs)

@@ -157,7 +157,7 @@ class TestFolder:
         for file in (folder / "masks").iterdir():
             Image.fromarray(np.tile(np.repeat(np.array(values, np.uint8), 48 // len(values)), (40, 1))).save(file)
         line = self.refused(refuse, folder)
-        assert "masks" in line and all(str(value) in line for value in values)
+        assert "masks" in line and str(values[-1]) in line
 
     def test_unequal_sizes(self, refuse, folder):
         drawn(0, (20, 30), 2)[1].save(folder / "masks/004.png")

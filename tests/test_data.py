@@ -358,18 +358,22 @@ if "pretrain" in SCRIPTS:
 # --- what the flags select ------------------------------------------------------------------------
 
 @pytest.fixture
-def chosen(monkeypatch, pets, capsys):
-    """chosen(*flags) -> the sizes of train and val that finetune prints, and both as tensors."""
+def chosen(monkeypatch, pets):
+    """chosen(*flags) -> images and masks that finetune trains on, images and masks of validation."""
     if "finetune" not in SCRIPTS:
         pytest.skip("no finetune.py")
     class Enough(Exception):
         pass
     def call(*flags):
         seen = []
-        monkeypatch.setattr(m, "to_device", lambda tensor, device: seen.append(tensor) or tensor)
-        def stop(*_):
+        def epoch(model, images, masks, *_):
+            seen.extend((images, masks))
+            return 0.0, torch.ones(3, 3), 1.0
+        def stop(model, images, masks, *_):
+            seen.extend((images, masks))
             raise Enough
-        monkeypatch.setattr(m, "summary", stop)
+        monkeypatch.setattr(m, "finetune_epoch", epoch)
+        monkeypatch.setattr(m, "validate", stop)
         with pytest.raises(Enough):
             m.main(["--data", "pets", "--root", str(pets), "--init", "none", "--size", "16", *flags])
         return seen

@@ -71,7 +71,7 @@ def test_result(chain):
         assert result["args"]["size"] == [32, 32] and result["parameters"] > 600_000
         assert result["total_seconds"] == pytest.approx(sum(row["seconds"] for row in log))
         assert checkpoint(folder / "best.pt")["epoch"] == best["epoch"]
-    assert result["multiply_adds"] > 10**6 and len(result["data"]) == 16
+    assert len(result["data"]) == 16
 
 def test_pictures(chain):
     for name, wide in (("pretrain/samples", 3), ("finetune/samples", 3), ("finetune/overlay", 4),
@@ -158,7 +158,7 @@ def test_typed_again(chain):
 # --- what is taken over ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("take", ("encoder", "all", "none"))
-def test_take(inside, take, capsys):
+def test_take(inside, take, capsys, tmp_path):
     """The output layer never; the number that is printed is the number of equal tensors."""
     finetune, state = load("finetune"), checkpoint("checkpoints/pretrain/best.pt")["model"]
     net = finetune.VQVAE(3, 128, 32, 2, 2)
@@ -168,9 +168,8 @@ def test_take(inside, take, capsys):
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, (state if name.split(".")[0] in parts else before)[name]), name
     assert count == sum(name.split(".")[0] in parts for name in state)
-    finetune.main(["--take", take, "--size", "32", "--summary"])
-    out = capsys.readouterr().out
-    assert f" {count} of {len(state)} " in out or take == "none"
+    finetune.main(["--take", take, "--size", "16", "--frac", "0.05", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert f" {count} of {len(state)} tensors" in capsys.readouterr().out
 
 def test_take_over_refuses_other_widths(inside, capsys):
     finetune, state = load("finetune"), checkpoint("checkpoints/pretrain/best.pt")["model"]
@@ -186,27 +185,31 @@ def test_widths_come_from_the_checkpoint(here, capsys):
     load("finetune").main("--frac 0.1 --size 16 --epochs 1".split())
     out = capsys.readouterr().out
     state = checkpoint("checkpoints/finetune/best.pt")["model"]
-    assert state["encoder.0.weight"].shape == (4, 3, 4, 4) and "tensors from checkpoints/pretrain/best.pt" in out
+    assert state["encoder.0.weight"].shape == (4, 3, 4, 4) and "checkpoints/pretrain/best.pt" in out
     load("evaluate").main([])
     assert "checkpoints/finetune" in capsys.readouterr().out
 
-def test_toy_weights_on_photos_are_warned_of(inside, flat, capsys):
-    load("finetune").main(["--data", str(flat), "--size", "32", "--summary"])
+def test_toy_weights_on_photos_are_warned_of(inside, flat, capsys, tmp_path):
+    load("finetune").main(["--data", str(flat), "--size", "32", "--epochs", "1", "--out", str(tmp_path / "run")])
     assert "warning" in capsys.readouterr().out
 
 # --- other ways to start --------------------------------------------------------------------------
 
-def test_summary(here, capsys):
-    load("finetune").main("--init none --size 32 --summary".split())
-    out, finetune = capsys.readouterr().out, load("finetune")
-    total = [line for line in out.splitlines() if line.startswith("model ")][-1].replace(",", "")
-    net = finetune.VQVAE(3, 128, 32, 2, 2)
-    cells = {"encoder.0": (16 * 16, 64 * 3 * 16), "encoder.2": (8 * 8, 128 * 64 * 16)}
-    for name, (places, weights) in cells.items():
-        line, = [line for line in out.splitlines() if line.split() and line.split()[0].endswith(name)]
-        assert f"{places * weights:,} multiply-adds" in line
-    assert f"{sum(p.numel() for p in net.parameters())} parameters" in total
-    assert not Path("checkpoints").exists()
+def test_cost(chain):
+    """Parameters and multiply-adds of one photo, added up layer by layer."""
+    record, = json.loads((chain[0] / "scores.json").read_text())
+    net, total = load("finetune").VQVAE(3, 128, 32, 2, 2), [8 * 8 * 512 * 64]        # the look-up of codes
+    def count(layer, inputs, output):
+        a, b = inputs[0].shape, output.shape
+        weights = layer.kernel_size[0] ** 2 * layer.in_channels * layer.out_channels
+        places = a if isinstance(layer, torch.nn.ConvTranspose2d) else b
+        total.append(weights * places[2] * places[3])
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            layer.register_forward_hook(count)
+    net.eval()(torch.zeros(1, 3, 32, 32))
+    assert record["multiply_adds"] == sum(total)
+    assert record["parameters"] == sum(p.numel() for p in net.parameters())
 
 def test_from_scratch_with_fewer_cats(here, capsys):
     load("finetune").main("--init none --cats Maine_Coon,Birman,Bombay --size 16 --epochs 1".split())
@@ -238,7 +241,7 @@ def test_pets_from_end_to_end(here, pets, capsys, tmp_path):
     assert record["photos"] == 10 and record["data"] == "pets"
     assert {"cat_miou", "dog_miou", "pet_iou_without_border", "pet_iou_border_as_pet"} <= set(record["scores"])
 
-@pytest.mark.parametrize("flags", ("--rotate --jitter --grey --mask-style square --mask 0.0025-0.0625", "--patch 5"))
+@pytest.mark.parametrize("flags", ("--distort rotate jitter grey --mask-style square --mask 0.0025-0.0625", "--patch 5"))
 def test_pretraining_flags(here, flags):
     load("pretrain").main(f"{flags} --size 16 --frac 0.02 --epochs 1 --width 16 --batch-size 16".split())
     row, = rows("checkpoints/pretrain")
