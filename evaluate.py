@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # --- knobs ----------------------------------------------------------------------------------------
 
-SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
+SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
 MEANS = {"accuracy": "accuracy", "mIoU": "miou", "Dice": "dice", "precision": "precision",
@@ -45,14 +45,14 @@ HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             {})                  # --help shows this docstring as it is, and the defaults
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-def number(kind, low, high):
-    """An argparse type: 'auto', or a number of that kind in [low, high]."""
+def number(kind, low, high, *words):
+    """An argparse type: a number of that kind in [low, high], or one of the words."""
     def parse(text):
-        if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
+        if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return text if text == "auto" else kind(text)
+        return text if text in words else kind(text)
     return parse
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
@@ -86,52 +86,67 @@ NAMES = re.compile(r"(archive_format|archive_version|byteorder|\.data/\w+|\.form
 SYMBOL = re.compile(r"Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)")
 SIZES = re.compile(r"((Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b|"
                    r"[-\d\s(),])*")
+LAYOUT = re.compile(r"(?!.*factory)[\w\s.,:\[\]{}\"\\]*", re.S)
 TARGETS = re.compile(r"torch\.ops\.(aten|higher_order|torchvision)\.\w+(\.\w+)?|_operator\.("
                      r"getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
-def walk(node):
-    """Every (key, value) anywhere inside a JSON value."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield key, value
+def walk(node, key=None):
+    """Every (key, value) anywhere inside a JSON value; members of a list have the list's key."""
+    for name, value in node.items() if isinstance(node, dict) else [(key, value) for value in node]:
+        yield name, value
         if isinstance(value, (dict, list)):
-            yield from walk(value)
+            yield from walk(value, name)
 def inspect_program(path):
-    """Look into the archive without running anything of it -> its meta.json; ValueError names what
-    was refused."""
+    """Look into the archive without running anything of it -> its meta.json, and a copy in memory
+    of what was looked at (another reader might find other members in the file). ValueError names
+    what was refused."""
     with zipfile.ZipFile(path) as archive:
         infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if len(infos) < len(archive.infolist()):
+            raise ValueError("it holds a member twice")
         if sum(info.file_size for info in infos.values()) > 2 * os.path.getsize(path):
             raise ValueError("it unpacks to far more than its size")
-        read = lambda name: archive.read(infos[name])
         for name in infos:
             if not NAMES.fullmatch(name):
                 raise ValueError(f"it holds {name!r}, which a plain program does not")
-        graph = json.loads(read("models/model.json"))
-        for kind in ("weights", "constants"):
-            for key, value in walk(json.loads(read(f"data/{kind}/model_{kind}_config.json"))):
-                if key == "use_pickle" and value is not False:
-                    raise ValueError(f"its {kind} are pickled")
-                if key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", value):
-                    raise ValueError(f"its {kind} hold the object {value!r}")
-        for key, value in walk(graph):
-            if key == "expr_str" and not SIZES.fullmatch(SYMBOL.sub("1", value)):
-                raise ValueError(f"the size {value!r} is more than arithmetic")
-            if key == "target" and isinstance(value, str) and not TARGETS.fullmatch(value):
-                raise ValueError(f"it calls {value!r}")
-        if graph.get("guards_code"):
-            raise ValueError(f"it brings code: {graph['guards_code'][0]!r}")
-        try:
-            torch.load(io.BytesIO(read("data/sample_inputs/model.pt")), weights_only=True)
-        except Exception as error:
-            raise ValueError("its sample inputs are more than tensors") from error
-        return json.loads(read("extra/meta.json"))
+        members = {name: archive.read(info) for name, info in infos.items()}
+    for kind in ("weights", "constants"):
+        for key, value in walk(json.loads(members[f"data/{kind}/model_{kind}_config.json"])):
+            if key == "use_pickle" and value is not False:
+                raise ValueError(f"its {kind} are pickled")
+            if key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", value):
+                raise ValueError(f"its {kind} hold the object {value!r}")
+    for key, value in walk(json.loads(members["models/model.json"])):
+        text = value if isinstance(value, str) else ""
+        if key == "expr_str" and not SIZES.fullmatch(SYMBOL.sub("1", text)):
+            raise ValueError(f"the size {text!r} is more than arithmetic")
+        if key == "target" and text and not TARGETS.fullmatch(text) or key == "as_operator":
+            raise ValueError(f"it calls {value!r}")
+        if key.endswith(("name", "names")) and re.search(r"[^\w.]", text):
+            raise ValueError(f"the name {text!r} could be code")
+        if key in ("in_spec", "out_spec") and not LAYOUT.fullmatch(text):
+            raise ValueError(f"the layout {text!r} could be code")
+        if key == "guards_code" and value:
+            raise ValueError(f"it brings code: {value!r}")
+    try:
+        torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)
+    except Exception as error:
+        raise ValueError("its sample inputs are more than tensors") from error
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"model/{name}", content)
+    copy.seek(0)
+    return json.loads(members["extra/meta.json"]), copy
 def open_program(path, device):
     """A .pt2 file -> segment(x), from (B, 3, H, W) float in [0, 1] to logits (B, C, H, W), and
     its meta.json with classes, size as [H, W] and ignore."""
     try:
-        meta = inspect_program(path)
+        meta, archive = inspect_program(path)
         meta["size"] = [meta["size"]] * 2 if isinstance(meta["size"], int) else list(meta["size"])
         meta["classes"], meta["ignore"] = [str(name) for name in meta["classes"]], meta["ignore"]
-        program = torch.export.load(path)
+        if not all(0 < side <= 4096 for side in meta["size"]) or len(meta["classes"]) > 256:
+            raise ValueError(f"size {meta['size']} and {len(meta['classes'])} classes are not sane")
+        program = torch.export.load(archive)
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
         segment = program.module()
@@ -225,7 +240,7 @@ def published_scores(counts, soft, names):
     out["D6_dice"] = ((2 * i + 1e-6) / (p + t + 1e-6)).mean().item()
     out["D6_iou"] = ((i + 1e-6) / (p + t - i + 1e-6)).mean().item()
     present = counts.sum(2)[:, -n:] > 0                # D7: classes in the truth, batches of 8
-    dice = (2 * hit(counts) / both(counts)).nan_to_num(0) * present
+    dice = (2 * hit(counts).double() / both(counts)).nan_to_num(0) * present
     each = dice.sum(1) / present.sum(1).clamp(min=1)
     out["D7_dice"] = torch.stack([part.mean() for part in each.split(8)]).mean().item()
     return out
@@ -237,9 +252,10 @@ def pick_device(name):
                              "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        return device, torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, fast if device.type == "cpu" else \
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device, device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
@@ -249,7 +265,7 @@ def progress(text):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
-    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
+    both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
     for i in range(0, n, 256):
@@ -269,14 +285,14 @@ def draw_toy(n, size, seed):
         paint += 0.04 * torch.randn(b, 1, *size, generator=g)
         images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
-        wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
+        masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
 def subset(breeds, share):
     """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
 def pet_files(root, part):
@@ -298,7 +314,8 @@ def pet_files(root, part):
 def folder_files(folder, part):
     """images/ and masks/ with equal stems, flat (a tenth is for test) or under train/ val/ test/; a
     missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
-    flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
+    flat = Path(folder, "images").is_dir()
+    cut = flat or not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
     photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
                      for pattern in ("images/[!.]*", "masks/[!.]*"))
@@ -311,7 +328,7 @@ def folder_files(folder, part):
     pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
 def read_pair(pair, size):
-    """(photo, mask) files -> (4, H, W) uint8, RGB and labels; EXIF rotation is undone."""
+    """(photo, mask) files -> (4, H, W) uint8, RGB and labels, stretched and turned upright."""
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
@@ -322,22 +339,23 @@ def read_pair(pair, size):
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
             return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        fail(f"{pair[0]}: {error}")
+        raise ValueError(f"{pair[0]}: {error}") from error
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
-    stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
-             for pair in pairs for file in pair for stat in [file.stat()]]
-    key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
-    cache, began = CACHE / f"{key}.npy", time.perf_counter()
     try:
-        return torch.from_numpy(np.load(cache, mmap_mode="c"))
-    except (OSError, ValueError):                      # not there yet, or cut short
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
+        key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
+        cache, began = CACHE / f"{key}.npy", time.perf_counter()
+        if cache.exists() and cache.stat().st_size == 128 + 4 * len(pairs) * size[0] * size[1]:
+            return torch.from_numpy(np.load(cache, mmap_mode="c"))
         array = np.empty((len(pairs), 4, *size), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
-            array[i] = pixels
-            progress(f" decoding {i}/{len(pairs)}")
+        with ThreadPoolExecutor() as pool:
+            for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
+                array[i] = pixels
+                progress(f" decoding {i}/{len(pairs)}")
+    except (OSError, ValueError) as error:             # a file is missing or broken
+        fail(error)
     save(cache, lambda file: np.save(file, array))
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
@@ -358,7 +376,7 @@ def load_split(data, root, part, size, ignore):
         table[255] = top = 1                           # a black and white mask
     elif top > 99:
         i = (masks == top).flatten(1).any(1).nonzero()[0].item()
-        fail(f"{pairs[i][1]}: a label of {top}; wanted 0 and 255, or 0 to C - 1 (see --ignore)")
+        fail(f"{pairs[i][1]}: labels {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0 .. C-1")
     if ignore is not None:
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
@@ -371,7 +389,8 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -3,10 +3,8 @@ WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out. The VQ-
   (van den Oord et al. 2017) gets a new head, a channel for each class; all of it is then trained.
 YOU WILL LEARN  - what is taken over from the pre-training, and what never -> take_over
   - cross-entropy, Dice and IoU by hand -> bce, dice_loss, iou_loss
-  - scores that no batch size can change -> confusion, scores
-  - how a run is resumed to the last bit -> finetune_epoch, open_run
+  - scores that no batch size can change -> confusion; a resume exact to the bit -> finetune_epoch
 RUN IT          python finetune.py --frac 0.5                     half of the labels
-                python finetune.py --init none --data pets        from scratch, real photos
                 python finetune.py --frac 0.5 --resume
 WHAT TO EXPECT  @CARD@
   A broken run stays at the baseline that is printed first.
@@ -24,12 +22,12 @@ from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "epochs": 40, "batch_size": 32, "lr": 1e-3},        # by data; else:
+AUTO = {"toy": {"size": [64], "epochs": 40, "batch_size": 32, "lr": 1e-3},        # what auto means:
         "folder": {"size": [128], "epochs": 60, "batch_size": 32, "lr": 1e-3}}
-WIDTHS = {"width": 128, "residual_width": 32, "residual_blocks": 2, "downs": 2}   # Sonnet's
-DECAY = 0.9                      # of the codebook's moving averages; Sonnet has 0.99
+WIDTHS = {"width": 128, "residual_width": 32, "residual_blocks": 2, "downs": 2}   # as in Sonnet
+DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
-SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
+SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
 SUMS = ("bce", "dice", "iou", "bce+dice", "bce+iou", "dice+iou", "bce+dice+iou")
@@ -41,14 +39,14 @@ HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             {})                  # --help shows this docstring as it is, and the defaults
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-def number(kind, low, high):
-    """An argparse type: 'auto', or a number of that kind in [low, high]."""
+def number(kind, low, high, *words):
+    """An argparse type: a number of that kind in [low, high], or one of the words."""
     def parse(text):
-        if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
+        if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return text if text == "auto" else kind(text)
+        return text if text in words else kind(text)
     return parse
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
@@ -56,7 +54,7 @@ def settle(args, multiple):
         if getattr(args, name) in ("auto", ["auto"]):
             setattr(args, name, value)
     args.size = args.size * 2 if len(args.size) == 1 else args.size
-    if len(args.size) != 2 or any(side % multiple for side in args.size):
+    if len(args.size) != 2 or "auto" in args.size or any(side % multiple for side in args.size):
         fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
 
 def parse_args(argv=None):
@@ -65,18 +63,18 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", default="auto", help="toy, pets, a folder; auto: pets if under --root, else toy")
     add("--root", default="data", help="where the data sets lie or are downloaded to")
-    add("--size", nargs="+", type=number(int, 8, 4096), default="auto", help="side, or H W")
+    add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
-    add("--cats", help="of the cats keep these breeds only, for instance Maine_Coon,Birman,Bombay")
+    add("--cats", help="of the cats train on these alone, such as Maine_Coon,Birman,Bombay")
     add("--ignore", type=number(int, 0, 255), help="label in a folder's masks that does not count")
     add = p.add_argument_group("model").add_argument
     add("--init", default="checkpoints/pretrain/best.pt", help="what to start from, or none")
-    add("--take", choices=("encoder", "all", "none"), default="encoder", help="none: the widths")
-    add = p.add_argument_group("optimisation").add_argument
+    add("--take", choices=("encoder", "all", "none"), default="encoder", help="none: widths only")
+    add, many = p.add_argument_group("optimisation").add_argument, number(int, 1, 10**6, "auto")
     add("--loss", choices=SUMS, default="bce+dice", help="their sum, equally weighted")
-    add("--epochs", type=number(int, 1, 10**6), default="auto", help="passes over the photos")
-    add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory ends")
-    add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if loss jumps")
+    add("--epochs", type=many, default="auto", help="passes over the photos")
+    add("--batch-size", type=many, default="auto", help="halve it if memory runs out")
+    add("--lr", type=number(float, 1e-9, 10, "auto"), default="auto", help="halve it if loss jumps")
     add("--weight-decay", type=number(float, 0, 10), default=0.05, help="more against overfitting")
     add = p.add_argument_group("runtime").add_argument
     add("--seed", type=number(int, 0, 2**31), default=0, help="moves weights, order, augmentation")
@@ -110,7 +108,6 @@ class Quantiser(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
         self.register_buffer("counts", torch.zeros(K))        # vectors a step, moving average
-
     def forward(self, z, keep=None):
         B, D, H, W = z.shape
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
@@ -121,18 +118,17 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # small: stay in cache
+            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # keeps the encoder near its codes
+            commitment = (flat - q).square().mean()           # encoder, stay near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
-
     def revive(self, flat, weight):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
@@ -142,7 +138,6 @@ class Quantiser(nn.Module):
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
-
     def follow(self, flat, ids, weight):
         """Count and sum of each code's vectors decay and take in this batch, code = sum / count
         (eq. 6 to 8); so the old sum is code x count."""
@@ -160,7 +155,7 @@ def start(layer):
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
         nn.init.zeros_(layer.bias)
     elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)
+        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -182,7 +177,6 @@ class VQVAE(nn.Module):
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         self.apply(start)
-
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
@@ -197,13 +191,27 @@ class Logits(nn.Module):
         self.model = model
     def forward(self, x):
         return self.model(x)[0]
+def export(model, args, classes, images, masks):
+    """The segmenter as a program, OUT/model.pt2 (README: how the scripts talk) -> val scores."""
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+    program = torch.export.export(model, (torch.zeros(2, 3, *args.size),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    loss, counts = validate(program.module(), images.cpu(), masks.cpu(), args.loss)
+    meta = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args), "classes": classes,
+            "size": args.size, "ignore": args.ignore, "torch": str(torch.__version__),
+            "metrics": {"loss": loss, **scores(counts, len(classes))}}
+    extra = {"meta.json": json.dumps(meta)}
+    save(Path(args.out, "model.pt2"), lambda f: torch.export.save(program, f, extra_files=extra))
+    return meta["metrics"]
 def take_over(model, state, take):
     """Copy the pre-trained encoder and codebook, with "all" the decoder too, into model; never the
     head, which spoke in colours and must now speak in classes -> number of tensors taken."""
     parts = ("encoder.", "quantiser.", "decoder.")[:{"none": 0, "encoder": 2, "all": 3}[take]]
-    taken = {name: tensor for name, tensor in state.items() if name.startswith(parts)}
-    missing, unexpected = model.load_state_dict(taken, strict=False)
-    wrong = unexpected + [name for name in missing if name.startswith(parts)]
+    own = model.state_dict()
+    taken = {name: tensor for name, tensor in state.items() if name.startswith(parts)
+             and name in own and tensor.shape == own[name].shape}
+    missing, _ = model.load_state_dict(taken, strict=False)
+    wrong = [name for name in missing if name.startswith(parts)]
     return fail(f"--init: these tensors do not fit: {wrong}") if wrong else len(taken)
 
 # --- loss and scores ------------------------------------------------------------------------------
@@ -234,17 +242,15 @@ def segmentation_loss(logits, masks, names):
     y, valid = one_hot(masks, logits.shape[1])
     losses = {"bce": bce, "dice": dice_loss, "iou": iou_loss}
     return sum(losses[name](logits.float(), y, valid) for name in names.split("+"))
-def hard_labels(logits):
-    """(B, C, H, W) -> (B, H, W) int64: the largest of C logits, or whether the only one is > 0."""
-    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 def confusion(logits, masks):
     """(C, C) pixels by truth (down) and prediction; summed over a split, no batch size matters."""
     C = max(2, logits.shape[1])
-    cell = torch.where(masks == IGNORE, C * C, masks.long() * C + hard_labels(logits)).flatten()
+    hard = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()      # (B, H, W)
+    cell = torch.where(masks == IGNORE, C * C, masks.long() * C + hard).flatten()
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(C, C)
 def scores(counts, classes):
-    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), mean over classes that occur (one: label 1)."""
+    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), mean over classes that occur in either."""
     both, total = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
     iou = (both / (total - both))[-classes:]                            # nan where total = 0
     return {"accuracy": (both.sum() / counts.sum()).item(), "miou": iou.nanmean().item(),
@@ -260,9 +266,10 @@ def pick_device(name):
                              "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        return device, torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, fast if device.type == "cpu" else \
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device, device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
@@ -289,7 +296,7 @@ def augment(images, masks):
     x = (x - mean) * contrast.to(device) + mean + light.to(device)
     return x.clamp_(0, 1), masks[:, 0].byte()
 def finetune_epoch(model, images, masks, optimizer, args, epoch, amp):
-    """One pass over the training photos -> mean loss, confusion (C, C), photos a second."""
+    """One pass over the training photos -> loss (with commitment), counts (C, C), img/s."""
     model.train()
     torch.manual_seed(args.seed * 100003 + epoch)      # all that is random here: resume is exact
     device, batch = next(model.parameters()).device, min(args.batch_size, len(images))
@@ -332,7 +339,7 @@ def validate(model, images, masks, names, amp=False):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
-    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
+    both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
     for i in range(0, n, 256):
@@ -352,14 +359,14 @@ def draw_toy(n, size, seed):
         paint += 0.04 * torch.randn(b, 1, *size, generator=g)
         images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
-        wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
+        masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
 def subset(breeds, share):
     """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
 def pet_files(root, part):
@@ -381,7 +388,8 @@ def pet_files(root, part):
 def folder_files(folder, part):
     """images/ and masks/ with equal stems, flat (a tenth is for test) or under train/ val/ test/; a
     missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
-    flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
+    flat = Path(folder, "images").is_dir()
+    cut = flat or not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
     photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
                      for pattern in ("images/[!.]*", "masks/[!.]*"))
@@ -394,7 +402,7 @@ def folder_files(folder, part):
     pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
 def read_pair(pair, size):
-    """(photo, mask) files -> (4, H, W) uint8, RGB and labels; EXIF rotation is undone."""
+    """(photo, mask) files -> (4, H, W) uint8, RGB and labels, stretched and turned upright."""
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
@@ -405,22 +413,23 @@ def read_pair(pair, size):
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
             return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        fail(f"{pair[0]}: {error}")
+        raise ValueError(f"{pair[0]}: {error}") from error
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
-    stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
-             for pair in pairs for file in pair for stat in [file.stat()]]
-    key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
-    cache, began = CACHE / f"{key}.npy", time.perf_counter()
     try:
-        return torch.from_numpy(np.load(cache, mmap_mode="c"))
-    except (OSError, ValueError):                      # not there yet, or cut short
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
+        key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
+        cache, began = CACHE / f"{key}.npy", time.perf_counter()
+        if cache.exists() and cache.stat().st_size == 128 + 4 * len(pairs) * size[0] * size[1]:
+            return torch.from_numpy(np.load(cache, mmap_mode="c"))
         array = np.empty((len(pairs), 4, *size), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
-            array[i] = pixels
-            progress(f" decoding {i}/{len(pairs)}")
+        with ThreadPoolExecutor() as pool:
+            for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
+                array[i] = pixels
+                progress(f" decoding {i}/{len(pairs)}")
+    except (OSError, ValueError) as error:             # a file is missing or broken
+        fail(error)
     save(cache, lambda file: np.save(file, array))
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
@@ -441,7 +450,7 @@ def load_split(data, root, part, size, ignore):
         table[255] = top = 1                           # a black and white mask
     elif top > 99:
         i = (masks == top).flatten(1).any(1).nonzero()[0].item()
-        fail(f"{pairs[i][1]}: a label of {top}; wanted 0 and 255, or 0 to C - 1 (see --ignore)")
+        fail(f"{pairs[i][1]}: labels {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0 .. C-1")
     if ignore is not None:
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
@@ -457,7 +466,8 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
@@ -482,8 +492,9 @@ def open_run(args, model, optimizer):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        if not (out / "log.jsonl").exists():
+    names = [file.name for file in out.iterdir()] if out.is_dir() else ["a file"] * out.exists()
+    if names:
+        if not any(name.endswith(("best.pt", "log.jsonl")) for name in names):
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
@@ -499,18 +510,6 @@ def save_epoch(args, model, optimizer, history, best):
     save(out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in history)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
-def export(model, args, classes, images, masks):
-    """The segmenter as a program, OUT/model.pt2 (README: how the scripts talk) -> val scores."""
-    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
-    program = torch.export.export(model, (torch.zeros(2, 3, *args.size),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    loss, counts = validate(program.module(), images.cpu(), masks.cpu(), args.loss)
-    meta = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args), "classes": classes,
-            "size": args.size, "ignore": args.ignore, "torch": str(torch.__version__),
-            "metrics": {"loss": loss, **scores(counts, len(classes))}}
-    extra = {"meta.json": json.dumps(meta)}
-    save(Path(args.out, "model.pt2"), lambda f: torch.export.save(program, f, extra_files=extra))
-    return meta["metrics"]
 def draw_samples(path, *columns):
     """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
     colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
@@ -552,17 +551,17 @@ def main(argv=None):
     model = VQVAE(len(classes), **widths)
     segmenter = Logits(model).eval()
     if source:
-        toy = source["args"]["data"] == "toy" != args.data
-        print(f"{'warning' if toy else 'init':8} {take_over(model, source['model'], args.take)} of "
-              f"{len(source['model'])} tensors of {args.init}, trained on {source['args']['data']} "
-              f"photos{', better are real ones: python pretrain.py --data catdog' if toy else ''}")
+        taken, trained = take_over(model, source["model"], args.take), source["args"]["data"]
+        bad = ": a WARNING, see --data catdog" if trained == "toy" != args.data else ""
+        print(f"init     {taken} of {len(source['model'])} tensors of {args.init}, {trained}{bad}")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     history, best = open_run(args, model, optimizer)
     if args.compile:
         model.compile()
-    share = torch.bincount(val_masks.flatten().int()).float()[len(classes) == 1:len(classes) + 1]
-    print(f"baseline constant answer: mIoU {share.max() / val_masks.numel() / len(classes):.4f}")
+    share = torch.bincount(val_masks.flatten().int(), minlength=256)[:IGNORE].double()
+    share = (share / share.sum())[len(classes) == 1:].max()
+    print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
     try:
@@ -575,9 +574,9 @@ def main(argv=None):
                    "val_loss": val_loss, **val, "lr": lr_at(epoch, args.epochs, args.lr),
                    "images_per_second": speed, "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+            best = max([*history, row], key=lambda row: row["val_miou"])["epoch"]
+            save_epoch(args, model, optimizer, [*history, row], best)
             history.append(row)
-            best = max(history, key=lambda row: row["val_miou"])["epoch"]
-            save_epoch(args, model, optimizer, history, best)
             print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_accuracy:8.4f}{val_miou:8.4f}"
                   "{val_dice:8.4f}{lr:9.1e}{images_per_second:8,.0f}{seconds:8.1f}{1}".format(
                       args.epochs, " *" if best == epoch + 1 else "", **row), flush=True)
@@ -585,15 +584,16 @@ def main(argv=None):
         print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
         raise SystemExit(130)
     ## 5. Report: the best epoch becomes a program, its scores and a few pictures.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "finetune.py", "train again")["model"])
+    model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
     final = export(segmenter, args, classes, val_images, val_masks)
     result = {**history[best - 1], "metrics": final, "args": vars(args),
               "parameters": sum(weight.numel() for weight in model.parameters()),
-              "data": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
+              "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history), "torch": torch.__version__}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     logits = segmenter(to_float(val_images[:8].to(device)))
-    draw_samples(out / "samples.png", val_images[:8], val_masks[:8], hard_labels(logits))
+    hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] > 0
+    draw_samples(out / "samples.png", val_images[:8], val_masks[:8], hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
 if __name__ == "__main__":

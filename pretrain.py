@@ -3,11 +3,10 @@ WHAT IT DOES    Photos (B, 3, H, W) with grey patches go in, whole photos come o
   must be guessed from its surroundings (Pathak et al. 2016, He et al. 2022), through the discrete
   codes of a VQ-VAE (van den Oord et al. 2017). finetune.py takes over what the network learned.
 YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
-  - how to mask a given share of the area -> draw_masks
-  - why masked places are kept out of the codebook -> VQVAE.forward, Quantiser.revive
+  - how to mask a share of the area -> draw_masks; why masked places are kept out of the codebook,
+    which would spend its codes on grey -> VQVAE.forward, Quantiser.revive
   - how to tell that it fills in rather than copies -> check, mean_fill
 RUN IT          python pretrain.py --mask 0.05-0.25
-                python pretrain.py --data catdog --download --size 128 --downs 3
                 python pretrain.py --mask 0.05-0.25 --resume
 WHAT TO EXPECT  @CARD@
   A broken run: `used` stays below 50/512, or `masked` does not fall below the mean colour's error.
@@ -27,10 +26,10 @@ from torch import distributed as dist, nn
 # --- knobs ----------------------------------------------------------------------------------------
 AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
         "folder": {"size": [128], "epochs": 20, "batch_size": 32, "lr": 1e-3}}
-DECAY = 0.9                      # of the codebook's moving averages; Sonnet has 0.99
+DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
 FILL = 0.5                       # grey, in the place of what is masked
-SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
+SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
@@ -39,14 +38,14 @@ HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             {})                  # --help shows this docstring as it is, and the defaults
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-def number(kind, low, high):
-    """An argparse type: 'auto', or a number of that kind in [low, high]."""
+def number(kind, low, high, *words):
+    """An argparse type: a number of that kind in [low, high], or one of the words."""
     def parse(text):
-        if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
+        if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return text if text == "auto" else kind(text)
+        return text if text in words else kind(text)
     return parse
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
@@ -54,7 +53,7 @@ def settle(args, multiple):
         if getattr(args, name) in ("auto", ["auto"]):
             setattr(args, name, value)
     args.size = args.size * 2 if len(args.size) == 1 else args.size
-    if len(args.size) != 2 or any(side % multiple for side in args.size):
+    if len(args.size) != 2 or "auto" in args.size or any(side % multiple for side in args.size):
         fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
@@ -62,7 +61,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", default="auto", help="toy, catdog, pets, folders of photos, joined by +")
     add("--root", default="data", help="where the data sets lie or are downloaded to")
-    add("--size", nargs="+", type=number(int, 8, 4096), default="auto", help="side, or H W")
+    add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
     add("--download", action="store_true", help="fetch those of the four collections that lack")
     add("--mask", type=share_range, default="0.05-0.25", help="share of the area to mask, LO-HI")
@@ -75,10 +74,10 @@ def parse_args(argv=None):
     add("--residual-width", type=number(int, 4, 2048), default=32, help="channels within a block")
     add("--residual-blocks", type=number(int, 0, 64), default=2, help="more of them see further")
     add("--downs", type=number(int, 1, 6), default=2, help="halvings of the sides before coding")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1, 10**6), default="auto", help="passes over the photos")
-    add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory ends")
-    add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if loss jumps")
+    add, many = p.add_argument_group("optimisation").add_argument, number(int, 1, 10**6, "auto")
+    add("--epochs", type=many, default="auto", help="passes over the photos")
+    add("--batch-size", type=many, default="auto", help="halve it if memory runs out")
+    add("--lr", type=number(float, 1e-9, 10, "auto"), default="auto", help="halve it if loss jumps")
     add("--weight-decay", type=number(float, 0, 10), default=0.05, help="more against overfitting")
     add = p.add_argument_group("runtime").add_argument
     add("--seed", type=number(int, 0, 2**31), default=0, help="moves weights, order, augmentation")
@@ -112,7 +111,6 @@ class Quantiser(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
         self.register_buffer("counts", torch.zeros(K))        # vectors a step, moving average
-
     def forward(self, z, keep=None):
         B, D, H, W = z.shape
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
@@ -123,18 +121,17 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # small: stay in cache
+            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # keeps the encoder near its codes
+            commitment = (flat - q).square().mean()           # encoder, stay near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
-
     def revive(self, flat, weight):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
@@ -144,7 +141,6 @@ class Quantiser(nn.Module):
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
-
     def follow(self, flat, ids, weight):
         """Count and sum of each code's vectors decay and take in this batch, code = sum / count
         (eq. 6 to 8); so the old sum is code x count."""
@@ -162,7 +158,7 @@ def start(layer):
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
         nn.init.zeros_(layer.bias)
     elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)
+        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -184,7 +180,6 @@ class VQVAE(nn.Module):
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         self.apply(start)
-
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
@@ -198,6 +193,7 @@ def squared_error(output, x, where):
     return torch.stack([((output.float() - x).square() * where).sum(), where.sum() * x.shape[1]])
 def mean_fill(x, keep):
     """The trivial answer: every masked pixel gets the mean colour of its photo's visible ones."""
+    ## A network that only copies what it sees does no better than this on what it does not see.
     colour = (x * keep).sum((2, 3), True) / keep.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
     return torch.where(keep, x, colour)
 def perplexity(use):
@@ -217,9 +213,10 @@ def pick_device(name):
                              "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        return device, torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, fast if device.type == "cpu" else \
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device, device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
@@ -250,6 +247,7 @@ def draw_masks(B, size, low, high, patch, style, g=None):
     h, w = -(-H // patch), -(-W // patch)
     ## A grid of patches, each with a random rank: those of the lowest ranks are hidden.
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
+    ## The share of photos with one patch more is drawn too, or small shares would round to none.
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     keep = (rank >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
@@ -290,7 +288,8 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
         ## The target is the photo as it was: what is hidden must be guessed from what is not. Had
         ## the mask been written into x itself, copying the grey patches would be a perfect answer,
-        ## and there would be nothing to learn from them.
+        ## and there would be nothing to learn from them. (The five projects that this one follows
+        ## did just that.)
         loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -333,7 +332,7 @@ def check(model, images, index, variance, args, amp=False):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
-    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
+    both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
     for i in range(0, n, 256):
@@ -353,8 +352,8 @@ def draw_toy(n, size, seed):
         paint += 0.04 * torch.randn(b, 1, *size, generator=g)
         images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
-        wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
+        masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
 def upright(image, size):
     """RGB, EXIF rotation undone, resized to (H, W) -> (3, H, W) uint8."""
@@ -413,7 +412,7 @@ def decode_photos(items, size):
     cache, notes, began = CACHE / f"{key}.npy", CACHE / f"{key}.json", time.perf_counter()
     try:
         return torch.from_numpy(np.load(cache, mmap_mode="c")), json.loads(notes.read_text())
-    except (OSError, ValueError):                      # not there yet, or cut short
+    except (OSError, ValueError, EOFError):            # not there yet, or cut short
         CACHE.mkdir(parents=True, exist_ok=True)
     part, bad, first, twins = CACHE / f".{os.getpid()}.{key}", {}, {}, []
     array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), 3, *size))
@@ -473,7 +472,8 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
@@ -498,8 +498,9 @@ def open_run(args, model, optimizer):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        if not (out / "log.jsonl").exists():
+    names = [file.name for file in out.iterdir()] if out.is_dir() else ["a file"] * out.exists()
+    if names:
+        if not any(name.endswith(("best.pt", "log.jsonl")) for name in names):
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
@@ -571,9 +572,9 @@ def main(argv=None):
                    "lr": lr_at(epoch, args.epochs, args.lr), "images_per_second": speed,
                    "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+            best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
+            save_epoch(args, model, optimizer, [*history, row], best)
             history.append(row)
-            best = min(history, key=lambda row: row["val_loss"])["epoch"]
-            save_epoch(args, model, optimizer, history, best)
             print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_masked:8.4f}"
                   "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
                   "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
@@ -582,7 +583,7 @@ def main(argv=None):
         print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
         raise SystemExit(130)
     ## 5. Report: the best epoch's scores, and photo, masked photo, output.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "pretrain.py", "train again")["model"])
+    model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
               "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}

@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
         "folder": {"size": [64], "epochs": 30, "batch_size": 32, "lr": 1e-3}}
-DECAY = 0.9                      # of the codebook's moving averages; Sonnet has 0.99
+DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
-SPLIT_SEED = 0                   # splits, subsets and toy pictures hang on this, not on --seed
+SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
@@ -44,14 +44,14 @@ HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
             {})                  # --help shows this docstring as it is, and the defaults
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-def number(kind, low, high):
-    """An argparse type: 'auto', or a number of that kind in [low, high]."""
+def number(kind, low, high, *words):
+    """An argparse type: a number of that kind in [low, high], or one of the words."""
     def parse(text):
-        if text != "auto" and not low <= kind(text) <= high:      # refuses NaN too
+        if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return text if text == "auto" else kind(text)
+        return text if text in words else kind(text)
     return parse
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
@@ -59,7 +59,7 @@ def settle(args, multiple):
         if getattr(args, name) in ("auto", ["auto"]):
             setattr(args, name, value)
     args.size = args.size * 2 if len(args.size) == 1 else args.size
-    if len(args.size) != 2 or any(side % multiple for side in args.size):
+    if len(args.size) != 2 or "auto" in args.size or any(side % multiple for side in args.size):
         fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", default="auto", help="toy, pets, a folder; auto: pets if under --root, else toy")
     add("--root", default="data", help="where the data sets lie or are downloaded to")
-    add("--size", nargs="+", type=number(int, 8, 4096), default="auto", help="side, or H W")
+    add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
     add = p.add_argument_group("model").add_argument
     add("--width", type=number(int, 8, 2048), default=128, help="channels of the network")
@@ -77,10 +77,10 @@ def parse_args(argv=None):
     add("--codes", type=number(int, 2, 65536), default=512, help="entries of the codebook (K)")
     add("--code-size", type=number(int, 1, 1024), default=64, help="numbers in a code (D)")
     add("--summary", action="store_true", help="print blocks, parameters, multiply-adds, and leave")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1, 10**6), default="auto", help="passes over the photos")
-    add("--batch-size", type=number(int, 1, 10**6), default="auto", help="halve it if memory ends")
-    add("--lr", type=number(float, 1e-9, 10), default="auto", help="peak; halve it if loss jumps")
+    add, many = p.add_argument_group("optimisation").add_argument, number(int, 1, 10**6, "auto")
+    add("--epochs", type=many, default="auto", help="passes over the photos")
+    add("--batch-size", type=many, default="auto", help="halve it if memory runs out")
+    add("--lr", type=number(float, 1e-9, 10, "auto"), default="auto", help="halve it if loss jumps")
     add("--weight-decay", type=number(float, 0, 10), default=0.05, help="more against overfitting")
     add = p.add_argument_group("runtime").add_argument
     add("--seed", type=number(int, 0, 2**31), default=0, help="moves weights, order, augmentation")
@@ -114,7 +114,6 @@ class Quantiser(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
         self.register_buffer("counts", torch.zeros(K))        # vectors a step, moving average
-
     def forward(self, z, keep=None):
         B, D, H, W = z.shape
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
@@ -125,18 +124,17 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # small: stay in cache
+            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # keeps the encoder near its codes
+            commitment = (flat - q).square().mean()           # encoder, stay near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
-
     def revive(self, flat, weight):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
@@ -146,7 +144,6 @@ class Quantiser(nn.Module):
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
-
     def follow(self, flat, ids, weight):
         """Count and sum of each code's vectors decay and take in this batch, code = sum / count
         (eq. 6 to 8); so the old sum is code x count."""
@@ -164,7 +161,7 @@ def start(layer):
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
         nn.init.zeros_(layer.bias)
     elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)
+        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -186,7 +183,6 @@ class VQVAE(nn.Module):
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         self.apply(start)
-
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
@@ -213,6 +209,8 @@ def reconstruction_loss(output, x, commitment, variance):
     """Squared error in units of the photos' own variance, so that 1 is what a grey answer of their
     mean colour scores, and the commitment term (VQ-VAE, eq. 3; the codebook term is done by
     averages) -> loss (), normalised error (), both float32."""
+    ## In the units of the photos' variance an error means the same for every data set: 0.1 says
+    ## that a tenth of what makes the photos differ is lost.
     error = (output.float() - x).square().mean() / variance
     return error + COMMITMENT * commitment, error
 def psnr(error):
@@ -235,9 +233,10 @@ def pick_device(name):
                              "cuda" if torch.cuda.is_available() else mps).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        return device, torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, fast if device.type == "cpu" else \
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device, device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; an empty text wipes it."""
     if sys.stdout.isatty():
@@ -255,6 +254,7 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
     device, batch = next(model.parameters()).device, min(args.batch_size, len(images))
     steps = len(images) // batch                       # an incomplete last batch is left out
     order = torch.randperm(len(images)).to(images.device)
+    ## Nothing but the photos themselves is needed: what goes in is what has to come out.
     total, began = 0.0, time.perf_counter()
     for step in range(steps):
         x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))
@@ -295,12 +295,14 @@ def measure(model, images, variance, amp=False):
         both = reconstruction_loss(output, x, commitment, variance)
         loss, error = loss + both[0] * len(x), error + both[1] * len(x)
         use += torch.bincount(ids.flatten(), minlength=len(use))
+    ## PSNR is the same error on a scale of decibels: halving the error adds 3 dB.
     error = error.item() / len(images)
     return {"loss": loss.item() / len(images), "error": error, "psnr": psnr(error * variance),
             "perplexity": perplexity(use.double()), "used": int((use > 0).sum())}
 def code_colours(codes):
     """Codes (K, D) -> colours (K, 3) in [0, 1] by their three main directions: like codes, like
     colours."""
+    ## Principal components: the directions in which the codes differ most become red, green, blue.
     codes = codes - codes.mean(0)
     axes = codes @ torch.linalg.svd(codes, full_matrices=False)[2][:3].T                # (K, <= 3)
     return F.pad(axes / axes.abs().amax(0).clamp(min=1e-9) * 0.5 + 0.5, (0, 3 - axes.shape[1]))
@@ -309,7 +311,7 @@ def code_colours(codes):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
-    both uint8, and breeds. Fur, ground and a ball share their colours: only shape tells the pet."""
+    both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
     images, masks = torch.empty(n, 3, *size).byte(), torch.empty(n, *size).byte()
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in size), indexing="ij")
     for i in range(0, n, 256):
@@ -329,8 +331,8 @@ def draw_toy(n, size, seed):
         paint += 0.04 * torch.randn(b, 1, *size, generator=g)
         images[i:i + b] = paint.clamp(0, 1).mul(255).byte()
         k = 2 * max(1, min(size) // 48) + 1                                    # border, in pixels
-        wide, slim = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
-        masks[i:i + b] = torch.where(wide + slim > 1, 2, 1 - pet.long())[:, 0].byte()
+        grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
+        masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
 def upright(image, size):
     """RGB, EXIF rotation undone, resized to (H, W) -> (3, H, W) uint8."""
@@ -346,7 +348,7 @@ def decode_photos(items, size):
     cache, notes, began = CACHE / f"{key}.npy", CACHE / f"{key}.json", time.perf_counter()
     try:
         return torch.from_numpy(np.load(cache, mmap_mode="c")), json.loads(notes.read_text())
-    except (OSError, ValueError):                      # not there yet, or cut short
+    except (OSError, ValueError, EOFError):            # not there yet, or cut short
         CACHE.mkdir(parents=True, exist_ok=True)
     part, bad, first, twins = CACHE / f".{os.getpid()}.{key}", {}, {}, []
     array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), 3, *size))
@@ -405,7 +407,8 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
@@ -430,8 +433,9 @@ def open_run(args, model, optimizer):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        if not (out / "log.jsonl").exists():
+    names = [file.name for file in out.iterdir()] if out.is_dir() else ["a file"] * out.exists()
+    if names:
+        if not any(name.endswith(("best.pt", "log.jsonl")) for name in names):
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
@@ -506,9 +510,9 @@ def main(argv=None):
                    "lr": lr_at(epoch, args.epochs, args.lr), "images_per_second": speed,
                    "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+            best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
+            save_epoch(args, model, optimizer, [*history, row], best)
             history.append(row)
-            best = min(history, key=lambda row: row["val_loss"])["epoch"]
-            save_epoch(args, model, optimizer, history, best)
             print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_psnr:8.2f}"
                   "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
                   "{seconds:8.1f}{2}".format(args.epochs, args.codes,
@@ -517,7 +521,7 @@ def main(argv=None):
         print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
         raise SystemExit(130)
     ## 5. Report: the best epoch's scores, photos beside their reconstructions, and the codes.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "vqvae.py", "train again")["model"])
+    model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
               "photos": len(images), "total_seconds": sum(row["seconds"] for row in history)}
