@@ -552,7 +552,7 @@ def main(argv=None):
     segmenter = Logits(model).eval()
     if source:
         taken, trained = take_over(model, source["model"], args.take), source["args"]["data"]
-        bad = ": a WARNING, see --data catdog" if trained == "toy" != args.data else ""
+        bad = "; warning: drawn photos" if trained == "toy" != args.data else ""
         print(f"init     {taken} of {len(source['model'])} tensors of {args.init}, {trained}{bad}")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)

@@ -71,7 +71,7 @@ def test_result(chain):
         assert result["args"]["size"] == [32, 32] and result["parameters"] > 600_000
         assert result["total_seconds"] == pytest.approx(sum(row["seconds"] for row in log))
         assert checkpoint(folder / "best.pt")["epoch"] == best["epoch"]
-    assert len(result["data"]) == 16
+    assert len(result["train_masks"]) == 16
 
 def test_pictures(chain):
     for name, wide in (("pretrain/samples", 3), ("finetune/samples", 3), ("finetune/overlay", 4),
