@@ -312,8 +312,7 @@ def pet_files(root, part):
     return [(base / f"images/{names[i]}.jpg", base / f"annotations/trimaps/{names[i]}.png")
             for i in keep], [breeds[i] for i in keep]
 def folder_files(folder, part):
-    """images/ and masks/ with equal stems, flat (a tenth is for test) or under train/ val/ test/; a
-    missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
+    """images/ and masks/, flat or under train/ val/ test/ (see README) -> pairs, breeds ("")."""
     flat = Path(folder, "images").is_dir()
     cut = flat or not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
@@ -360,8 +359,7 @@ def decode(pairs, size):
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
-    """'toy', 'pets' or a folder; part 'train', 'val' or 'test' -> images (N, 3, H, W) uint8, masks
-    (N, H, W) uint8 of labels and IGNORE, breeds (N names), names of the classes."""
+    """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
     if data == "toy":
         images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
         keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]

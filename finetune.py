@@ -7,7 +7,6 @@ YOU WILL LEARN  - what is taken over from the pre-training, and what never -> ta
 RUN IT          python finetune.py --frac 0.5                     half of the labels
                 python finetune.py --frac 0.5 --resume
 WHAT TO EXPECT  @CARD@
-  A broken run stays at the baseline that is printed first.
 DIFFERS FROM THE PAPER  The paper draws with its codes; to segment with them is tried out here.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 
@@ -98,7 +96,11 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 def over_ranks(x):
     """x of all processes of a torchrun, joined along dim 0; x itself in an ordinary run."""
-    return torch.cat(all_gather(x)) if dist.is_available() and dist.is_initialized() else x
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 class Quantiser(nn.Module):
     """Nearest-code lookup (VQ-VAE, eq. 1 and 2) in a codebook that follows the encoder by moving
@@ -145,7 +147,7 @@ class Quantiser(nn.Module):
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
-        self.codes.copy_(sums / self.counts[:, None])
+        self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
     ## PyTorch's own are so small beside its biases that all vectors begin nearly equal, one code
@@ -281,8 +283,7 @@ def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 def augment(images, masks):
-    """One draw of flip, zoom (1 to 1.6) and place for photo and mask together, light, contrast and
-    tint for the photo alone: uint8 (B, 3, H, W), (B, H, W) -> float in [0, 1], uint8."""
+    """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
     u = lambda *shape: torch.rand(*shape) * 2 - 1              # on the CPU, whatever the device
     side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3)          # the window's share
@@ -386,8 +387,7 @@ def pet_files(root, part):
     return [(base / f"images/{names[i]}.jpg", base / f"annotations/trimaps/{names[i]}.png")
             for i in keep], [breeds[i] for i in keep]
 def folder_files(folder, part):
-    """images/ and masks/ with equal stems, flat (a tenth is for test) or under train/ val/ test/; a
-    missing val/ is a tenth of the training photos -> pairs, breeds ("")."""
+    """images/ and masks/, flat or under train/ val/ test/ (see README) -> pairs, breeds ("")."""
     flat = Path(folder, "images").is_dir()
     cut = flat or not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
@@ -434,8 +434,7 @@ def decode(pairs, size):
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
-    """'toy', 'pets' or a folder; part 'train', 'val' or 'test' -> images (N, 3, H, W) uint8, masks
-    (N, H, W) uint8 of labels and IGNORE, breeds (N names), names of the classes."""
+    """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
     if data == "toy":
         images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
         keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]

@@ -9,7 +9,6 @@ YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
 RUN IT          python pretrain.py --mask 0.05-0.25
                 python pretrain.py --mask 0.05-0.25 --resume
 WHAT TO EXPECT  @CARD@
-  A broken run: `used` stays below 50/512, or `masked` does not fall below the mean colour's error.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
   encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked input.
 """
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 
@@ -101,7 +99,11 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 def over_ranks(x):
     """x of all processes of a torchrun, joined along dim 0; x itself in an ordinary run."""
-    return torch.cat(all_gather(x)) if dist.is_available() and dist.is_initialized() else x
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 class Quantiser(nn.Module):
     """Nearest-code lookup (VQ-VAE, eq. 1 and 2) in a codebook that follows the encoder by moving
@@ -148,7 +150,7 @@ class Quantiser(nn.Module):
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
-        self.codes.copy_(sums / self.counts[:, None])
+        self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
     ## PyTorch's own are so small beside its biases that all vectors begin nearly equal, one code
@@ -247,7 +249,6 @@ def draw_masks(B, size, low, high, patch, style, g=None):
     h, w = -(-H // patch), -(-W // patch)
     ## A grid of patches, each with a random rank: those of the lowest ranks are hidden.
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
-    ## The share of photos with one patch more is drawn too, or small shares would round to none.
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     keep = (rank >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
@@ -366,8 +367,7 @@ URLS = {"Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
         "PetImages": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-"
                      "6DEBA77B919F/kagglecatsanddogs_5340.zip"}       # CIFAR-10: by torchvision
 def catdog_items(root, download):
-    """The four collections as far as they lie under root -> [(source, "cat" or "dog", item)], an
-    item being a file, or for CIFAR-10 an array (32, 32, 3)."""
+    """The four collections under root -> [(source, "cat" or "dog", file, or CIFAR's array)]."""
     root, found = Path(root), []
     if download or (root / "cifar-10-batches-py").is_dir():
         from torchvision.datasets import CIFAR10
@@ -400,14 +400,15 @@ def list_items(data, root, download):
             found += [(kind, "", base / f"images/{line.split()[0]}.jpg")
                       for line in lines if line and line[0] != "#"]
         else:
-            found += [(kind, "", file) for file in sorted(Path(kind).rglob("*"))
-                      if file.suffix.lower() in Image.registered_extensions()]
-    return found or fail(f"--data {data}: no photos there")
+            files = [file for file in sorted(Path(kind).rglob("*"))
+                     if file.suffix.lower() in Image.registered_extensions()]
+            found += [(kind, "", f) for f in files] or fail(f"--data {kind}: no photos there")
+    return found
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
-             (str(item.resolve()), item.stat().st_size, item.stat().st_mtime_ns) for item in items]
+             (str(item), item.exists() and item.stat()[6:9:2]) for item in items]    # size and time
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
     cache, notes, began = CACHE / f"{key}.npy", CACHE / f"{key}.json", time.perf_counter()
     try:
@@ -437,14 +438,12 @@ def decode_photos(items, size):
     print(f"decoded  {len(items)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array), json.loads(notes.read_text())
 def load_photos(args):
-    """The photos of --data -> images (N, 3, H, W) uint8, and the numbers of those to use: readable,
-    without exact copies, as many cats as dogs."""
+    """-> images (N, 3, H, W) uint8, numbers of the readable, single ones, as many cats as dogs."""
     if args.data == "toy":
         return draw_toy(4096, args.size, SPLIT_SEED + 3)[0], torch.arange(4096)
     found = list_items(args.data, args.root, args.download)
     images, notes = decode_photos([item for _, _, item in found], args.size)
-    out = {int(i) for i in notes["bad"]} | set(notes["twins"])
-    good = [i for i in range(len(found)) if i not in out]
+    good = sorted({*range(len(found))} - {int(i) for i in notes["bad"]} - {*notes["twins"]})
     cats, dogs, taken = ([i for i in good if found[i][1] == kind] for kind in ("cat", "dog", ""))
     g, most = torch.Generator().manual_seed(SPLIT_SEED), min(len(cats), len(dogs)) or len(good)
     for kind in (cats, dogs):           # the larger species is cut at random over all its sources

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,7 +103,11 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 def over_ranks(x):
     """x of all processes of a torchrun, joined along dim 0; x itself in an ordinary run."""
-    return torch.cat(all_gather(x)) if dist.is_available() and dist.is_initialized() else x
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 class Quantiser(nn.Module):
     """Nearest-code lookup (VQ-VAE, eq. 1 and 2) in a codebook that follows the encoder by moving
@@ -151,7 +154,7 @@ class Quantiser(nn.Module):
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
-        self.codes.copy_(sums / self.counts[:, None])
+        self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
     ## PyTorch's own are so small beside its biases that all vectors begin nearly equal, one code
@@ -343,7 +346,7 @@ def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
-             (str(item.resolve()), item.stat().st_size, item.stat().st_mtime_ns) for item in items]
+             (str(item), item.exists() and item.stat()[6:9:2]) for item in items]    # size and time
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
     cache, notes, began = CACHE / f"{key}.npy", CACHE / f"{key}.json", time.perf_counter()
     try:

@@ -1,0 +1,42 @@
+"""The figures in the README and in the docstrings are those of the committed results."""
+import json
+
+import pytest
+
+from conftest import ROOT, load
+
+RESULTS = ROOT / "tests/results"
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+def sentences():
+    """Every figure the README and the docstrings give, as (file, text that must stand in it)."""
+    pets, toy = (read(name)[0]["scores"] for name in ("pets", "toy"))
+    for scores, name in ((pets, "pets, 128 px, CPU"), (toy, "toy, 64 px, CPU")):
+        each = [scores["classes"][label]["iou"] for label in ("pet", "background", "border")]
+        yield "README.md", f"| {name} | " + " | ".join(
+            f"{value:.3f}" for value in (scores["accuracy"], scores["miou"], *each)) + " |"
+        yield "evaluate.py", f"accuracy {scores['accuracy']:.3f}, mIoU {scores['miou']:.3f}"
+    yield "finetune.py", f"mIoU {toy['miou']:.3f}"
+    yield "finetune.py", f"mIoU {pets['miou']:.3f}"
+    pre = read("pretrain")
+    yield "README.md", (f"| `pretrain.py` | {pre['val_masked']:.3f} | {pre['val_mean_fill_masked']:.3f} | "
+                        f"{pre['val_perplexity']:.0f} | {pre['val_used']}/512 |")
+    yield "pretrain.py", (f"masked {pre['val_masked']:.3f} (mean colour "
+                          f"{pre['val_mean_fill_masked']:.3f}), perplexity {pre['val_perplexity']:.0f}")
+    vqvae = read("vqvae")
+    yield "README.md", (f"| `vqvae.py` | {vqvae['val_error']:.3f} | {vqvae['val_psnr']:.1f} dB | "
+                        f"{vqvae['val_perplexity']:.0f} | {vqvae['val_used']}/512 |")
+    yield "vqvae.py", (f"error {vqvae['val_error']:.3f}, PSNR {vqvae['val_psnr']:.1f} dB, perplexity "
+                       f"{vqvae['val_perplexity']:.0f}")
+    yield "README.md", "| " + " | ".join(f"{arm['metrics']['miou']:.3f}" for arm in read("take")) + " |"
+
+@pytest.mark.parametrize("file, text", sorted(set(sentences())))
+def test_figure_is_the_measured_one(file, text):
+    assert text in (ROOT / file).read_text()
+
+def test_commands_of_the_results_are_accepted():
+    for result in (read("pretrain"), read("vqvae"), *read("take")):
+        script, *argv = result["command"].split()[1:]
+        load(script[:-3]).parse_args(argv)
