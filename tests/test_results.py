@@ -30,6 +30,9 @@ def sentences():
                         f"{vqvae['val_perplexity']:.0f} | {vqvae['val_used']}/512 |")
     yield "vqvae.py", (f"error {vqvae['val_error']:.3f}, PSNR {vqvae['val_psnr']:.1f} dB, perplexity "
                        f"{vqvae['val_perplexity']:.0f}")
+    for arm in read("codebook"):
+        yield "README.md", (f"| {arm['variant']} | {arm['val_error']:.3f} | {arm['val_perplexity']:.0f} | "
+                            f"{arm['val_used']}/512 |")
     yield "README.md", "| " + " | ".join(f"{arm['metrics']['miou']:.3f}" for arm in read("take")) + " |"
 
 @pytest.mark.parametrize("file, text", sorted(set(sentences())))
@@ -37,6 +40,6 @@ def test_figure_is_the_measured_one(file, text):
     assert text in (ROOT / file).read_text()
 
 def test_commands_of_the_results_are_accepted():
-    for result in (read("pretrain"), read("vqvae"), *read("take")):
+    for result in (read("pretrain"), read("vqvae"), *read("take"), *read("codebook")):
         script, *argv = result["command"].split()[1:]
         load(script[:-3]).parse_args(argv)
