@@ -442,7 +442,8 @@ def load_split(data, root, part, size, ignore):
     pairs, breeds = pet_files(root, part) if data == "pets" else folder_files(data, part)
     images, masks = decode(pairs, size).split((3, 1), 1)
     table, masks = torch.arange(256).byte(), masks[:, 0]                # (N, H, W)
-    top = max(values := set(masks.unique().tolist()) - {ignore}, default=0)
+    found = torch.bincount(masks.flatten(), minlength=256).nonzero().flatten().tolist()
+    top = max(values := set(found) - {ignore}, default=0)
     if data == "pets":
         table -= 1                                     # trimap 1, 2, 3: pet, background, border
     elif values <= {0, 255}:

@@ -20,6 +20,9 @@ def sentences():
         yield "evaluate.py", f"accuracy {scores['accuracy']:.3f}, mIoU {scores['miou']:.3f}"
     yield "finetune.py", f"mIoU {toy['miou']:.3f}"
     yield "finetune.py", f"mIoU {pets['miou']:.3f}"
+    base = read("pets_baseline")
+    yield "README.md", (f"| all background | {base['accuracy']:.3f} | {base['miou']:.3f} | 0.000 | "
+                        f"{base['background']:.3f} | 0.000 |")
     pre = read("pretrain")
     yield "README.md", (f"| `pretrain.py` | {pre['val_masked']:.3f} | {pre['val_mean_fill_masked']:.3f} | "
                         f"{pre['val_perplexity']:.0f} | {pre['val_used']}/512 |")
