@@ -127,7 +127,7 @@ class Quantiser(nn.Module):
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # encoder, stay near the codes
+            commitment = (flat - q).square().mean()           # stay near the codes, masked or not
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
@@ -197,7 +197,7 @@ class Logits(nn.Module):
 def export(model, args, classes, images, masks):
     """The segmenter as a program, OUT/model.pt2 (README: how the scripts talk) -> val scores."""
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
-    program = torch.export.export(model, (torch.zeros(2, 3, *args.size),),
+    program = torch.export.export(model, (torch.zeros(2, 3, *args.size),),    # 1 would be frozen
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     loss, counts = validate(program.module(), images.cpu(), masks.cpu(), args.loss)
     meta = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args), "classes": classes,
@@ -223,7 +223,7 @@ def one_hot(masks, classes):
     labels = torch.arange(classes, device=masks.device).view(1, -1, 1, 1) + (classes == 1)
     return (masks[:, None] == labels).float(), (masks[:, None] != IGNORE).float()
 def bce(logits, y, valid):
-    """Binary cross-entropy of every channel, mean over the valid pixels."""
+    """Binary cross-entropy, each class against the rest, mean over the valid pixels."""
     ## -y log p - (1 - y) log(1 - p), p = sigmoid(x), is max(x, 0) - x y + log(1 + e^-|x|),
     ## which overflows for no x.
     loss = logits.clamp(min=0) - logits * y + torch.log1p(torch.exp(-logits.abs()))
@@ -482,7 +482,7 @@ def load_checkpoint(path, script, hint):
 def open_run(args, model, optimizer):
     """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
     optimizer -> rows of the epochs so far, number of the best."""
-    out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")  # vary
+    out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")
     if args.resume:
         last = load_checkpoint(out / "last.pt", Path(__file__).name, "start without --resume")
         other = [f"--{name.replace('_', '-')} {vars(args).get(name)} (was {was})" for name, was in
@@ -552,7 +552,7 @@ def main(argv=None):
     segmenter = Logits(model).eval()
     if source:
         taken, trained = take_over(model, source["model"], args.take), source["args"]["data"]
-        bad = "; warning: drawn photos" if trained == "toy" != args.data else ""
+        bad = "; warning: drawn photos" if trained == "toy" and args.data != "toy" else ""
         print(f"init     {taken} of {len(source['model'])} tensors of {args.init}, {trained}{bad}")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)

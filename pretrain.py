@@ -130,7 +130,7 @@ class Quantiser(nn.Module):
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # encoder, stay near the codes
+            commitment = (flat - q).square().mean()           # stay near the codes, masked or not
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()
@@ -487,7 +487,7 @@ def load_checkpoint(path, script, hint):
 def open_run(args, model, optimizer):
     """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
     optimizer -> rows of the epochs so far, number of the best."""
-    out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")  # vary
+    out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")
     if args.resume:
         last = load_checkpoint(out / "last.pt", Path(__file__).name, "start without --resume")
         other = [f"--{name.replace('_', '-')} {vars(args).get(name)} (was {was})" for name, was in
