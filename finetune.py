@@ -323,7 +323,7 @@ def finetune_epoch(model, images, masks, optimizer, args, epoch, amp):
                      f"epoch is kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
-    return total.item() / steps, counts, speed
+    return total.item() / steps, counts.cpu(), speed
 @torch.inference_mode()
 def validate(model, images, masks, names, amp=False):
     """Mean loss and confusion (C, C) of a segmenter over a whole split."""
@@ -334,7 +334,7 @@ def validate(model, images, masks, names, amp=False):
             logits = model(x)
         total = total + segmentation_loss(logits, y, names) * len(x)
         counts = counts + confusion(logits, y)
-    return (total / len(images)).item(), counts
+    return (total / len(images)).item(), counts.cpu()
 
 # --- labelled data --------------------------------------------------------------------------------
 
@@ -559,7 +559,7 @@ def main(argv=None):
     history, best = open_run(args, model, optimizer)
     if args.compile:
         model.compile()
-    share = torch.bincount(val_masks.flatten().int(), minlength=256)[:IGNORE].double()
+    share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
     share = (share / share.sum())[len(classes) == 1:].max()
     print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.

@@ -301,7 +301,7 @@ def measure(model, images, variance, amp=False):
     ## PSNR is the same error on a scale of decibels: halving the error adds 3 dB.
     error = error.item() / len(images)
     return {"loss": loss.item() / len(images), "error": error, "psnr": psnr(error * variance),
-            "perplexity": perplexity(use.double()), "used": int((use > 0).sum())}
+            "perplexity": perplexity(use.float()), "used": int((use > 0).sum())}
 def code_colours(codes):
     """Codes (K, D) -> colours (K, 3) in [0, 1] by their three main directions: like codes, like
     colours."""
