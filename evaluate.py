@@ -513,7 +513,6 @@ def main(argv=None):
                 constant[:, :, label] = counts.sum(2)
                 constants.append((f"all {name}", all_scores(
                     constant, soft * torch.nan, meta["classes"], breeds, args.as_published)))
-
         ## 3. Pictures beside the program: a few answers, and the curves of the training.
         some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
         stem = "" if path.name == "model.pt2" else f"{path.stem}-"
@@ -528,8 +527,7 @@ def main(argv=None):
         print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}"
               + ("  (drawn pictures: toy scores)" if data == "toy" else ""))
         table("mean over classes", MEANS, group, lambda s, column: s[MEANS[column]])
-        labels = {label: label for label in group[0][1]["classes"]}
-        table("IoU", labels, group, lambda s, column: s["classes"][column]["iou"])
+        table("IoU", group[0][1]["classes"], group, lambda s, column: s["classes"][column]["iou"])
         for title, columns in (("pets", CONVENTIONS), ("as published", PUBLISHED[0]),
                                ("as published", PUBLISHED[1])):
             if set(columns.values()) <= group[0][1].keys():

@@ -571,7 +571,7 @@ def main(argv=None):
             val_loss, val_counts = validate(segmenter.eval(), val_images, val_masks, args.loss, amp)
             val = {f"val_{key}": value for key, value in scores(val_counts, len(classes)).items()}
             row = {"epoch": epoch + 1, "loss": loss, **scores(counts, len(classes)),
-                   "val_loss": val_loss, **val, "lr": lr_at(epoch, args.epochs, args.lr),
+                   "val_loss": val_loss, **val, "lr": optimizer.param_groups[0]["lr"],
                    "images_per_second": speed, "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
             best = max([*history, row], key=lambda row: row["val_miou"])["epoch"]

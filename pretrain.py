@@ -290,8 +290,8 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
         ## The target is the photo as it was: what is hidden must be guessed from what is not. Had
         ## the mask been written into x itself, copying the grey patches would be a perfect answer,
-        ## and there would be nothing to learn from them. (The five projects that this one follows
-        ## did just that.)
+        ## and there would be nothing to learn from them. (The student project whose masked
+        ## pre-training is done again here did just that.)
         loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -431,7 +431,6 @@ def decode_photos(items, size):
             progress(f" decoding {i}/{len(items)}")
             if i not in bad and first.setdefault(digest, i) != i:
                 twins.append(i)
-    progress("")
     array.flush()
     save(notes, lambda file: file.write_text(json.dumps({"bad": bad, "twins": twins})))
     os.replace(part, cache)
@@ -568,7 +567,7 @@ def main(argv=None):
                                          amp)
             seen = check(model, images, val, variance, args, amp)
             row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
-                   "lr": lr_at(epoch, args.epochs, args.lr), "images_per_second": speed,
+                   "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
                    "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
             best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]

@@ -369,7 +369,6 @@ def decode_photos(items, size):
             progress(f" decoding {i}/{len(items)}")
             if i not in bad and first.setdefault(digest, i) != i:
                 twins.append(i)
-    progress("")
     array.flush()
     save(notes, lambda file: file.write_text(json.dumps({"bad": bad, "twins": twins})))
     os.replace(part, cache)
@@ -510,7 +509,7 @@ def main(argv=None):
             loss, speed = reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp)
             seen = measure(model, val, variance, amp)
             row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
-                   "lr": lr_at(epoch, args.epochs, args.lr), "images_per_second": speed,
+                   "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
                    "seconds": time.perf_counter() - began, "memory_gb":
                    torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
             best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
