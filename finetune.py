@@ -151,8 +151,7 @@ class Quantiser(nn.Module):
         self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
-    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in. (The
-    ## codebook does not need this, see README.)
+    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in.
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
@@ -187,22 +186,19 @@ class VQVAE(nn.Module):
         q, commitment, ids = self.quantiser(z, keep)
         return self.head(self.decoder(q)), commitment, ids
 
-class Logits(nn.Module):
+class Logits(nn.Sequential):
     """A VQVAE as a plain segmenter, (B, 3, H, W) -> logits alone, as scores and export want it."""
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
     def forward(self, x):
-        return self.model(x)[0]
-def export(model, args, classes, images, masks):
+        return self[0](x)[0]
+def export(model, args, losses, images, masks):
     """The segmenter as a program, OUT/model.pt2 (README: how the scripts talk) -> val scores."""
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
     program = torch.export.export(model, (torch.zeros(2, 3, *args.size),),    # 1 would be frozen
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    loss, counts = validate(program.module(), images.cpu(), masks.cpu(), args.loss)
-    meta = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args), "classes": classes,
-            "size": args.size, "ignore": args.ignore, "torch": str(torch.__version__),
-            "metrics": {"loss": loss, **scores(counts, len(classes))}}
+    loss, counts = validate(program.module(), images.cpu(), masks.cpu(), losses)
+    meta = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args), "size": args.size,
+            "classes": args.classes, "ignore": args.ignore, "torch": str(torch.__version__),
+            "metrics": {"loss": loss, **scores(counts, len(args.classes))}}
     extra = {"meta.json": json.dumps(meta)}
     save(Path(args.out, "model.pt2"), lambda f: torch.export.save(program, f, extra_files=extra))
     return meta["metrics"]
@@ -240,11 +236,11 @@ def iou_loss(logits, y, valid):
     """1 - IoU, IoU = (|P and T| + 1) / (|P or T| + 1) of each image and channel, mean."""
     both, total = overlap(logits, y, valid)
     return 1 - ((both + 1) / (total - both + 1)).mean()
-def segmentation_loss(logits, masks, names):
-    """Sum of the named losses in float32, logits (B, C, H, W) against masks (B, H, W)."""
+LOSSES = {"bce": bce, "dice": dice_loss, "iou": iou_loss}
+def segmentation_loss(logits, masks, losses):
+    """Sum of the losses in float32, logits (B, C, H, W) against masks (B, H, W)."""
     y, valid = one_hot(masks, logits.shape[1])
-    losses = {"bce": bce, "dice": dice_loss, "iou": iou_loss}
-    return sum(losses[name](logits.float(), y, valid) for name in names.split("+"))
+    return sum(loss(logits.float(), y, valid) for loss in losses)
 def confusion(logits, masks):
     """(C, C) pixels by truth (down) and prediction; summed over a split, no batch size matters."""
     C = max(2, logits.shape[1])
@@ -297,7 +293,7 @@ def augment(images, masks):
     mean = x.mean((1, 2, 3), keepdim=True)                               # (B, 1, 1, 1)
     x = (x - mean) * contrast.to(device) + mean + light.to(device)
     return x.clamp_(0, 1), masks[:, 0].byte()
-def finetune_epoch(model, images, masks, optimizer, args, epoch, amp):
+def finetune_epoch(model, images, masks, losses, optimizer, args, epoch, amp):
     """One pass over the training photos -> loss (with commitment), counts (C, C), img/s."""
     model.train()
     torch.manual_seed(args.seed * 100003 + epoch)      # all that is random here: resume is exact
@@ -310,7 +306,7 @@ def finetune_epoch(model, images, masks, optimizer, args, epoch, amp):
         x, y = augment(images[index].to(device), masks[index].to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits, commitment, _ = model(x)
-        loss = segmentation_loss(logits, y, args.loss) + COMMITMENT * commitment
+        loss = segmentation_loss(logits, y, losses) + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
@@ -325,14 +321,14 @@ def finetune_epoch(model, images, masks, optimizer, args, epoch, amp):
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, counts.cpu(), speed
 @torch.inference_mode()
-def validate(model, images, masks, names, amp=False):
+def validate(model, images, masks, losses, amp=False):
     """Mean loss and confusion (C, C) of a segmenter over a whole split."""
     total, counts, device = 0.0, 0, next(model.parameters()).device
     for x, y in zip(images.split(64), masks.split(64)):
         x, y = to_float(x.to(device)), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
-        total = total + segmentation_loss(logits, y, names) * len(x)
+        total = total + segmentation_loss(logits, y, losses) * len(x)
         counts = counts + confusion(logits, y)
     return (total / len(images)).item(), counts.cpu()
 
@@ -536,7 +532,8 @@ def main(argv=None):
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
-    classes, cats = max(classes, more, key=len), args.cats.split(",") if args.cats else CATS
+    args.classes = classes = max(classes, more, key=len)       # a resumed run must have the same
+    cats = args.cats.split(",") if args.cats else CATS
     if args.cats and not set(cats) <= set(CATS) & set(breeds):
         fail(f"--cats {args.cats}: wanted breeds of pets or toy, out of {', '.join(CATS)}")
     keep = [i for i, breed in enumerate(breeds) if breed in cats or not breed[:1].isupper()]
@@ -547,6 +544,7 @@ def main(argv=None):
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model: pre-trained but for its head. The baseline is the best constant answer.
+    losses = [LOSSES[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)
     model = VQVAE(len(classes), **widths)
     segmenter = Logits(model).eval()
@@ -567,8 +565,9 @@ def main(argv=None):
     try:
         for epoch in range(len(history), args.epochs):
             began = time.perf_counter()
-            loss, counts, speed = finetune_epoch(model, images, masks, optimizer, args, epoch, amp)
-            val_loss, val_counts = validate(segmenter.eval(), val_images, val_masks, args.loss, amp)
+            loss, counts, speed = finetune_epoch(model, images, masks, losses, optimizer, args,
+                                                 epoch, amp)
+            val_loss, val_counts = validate(segmenter.eval(), val_images, val_masks, losses, amp)
             val = {f"val_{key}": value for key, value in scores(val_counts, len(classes)).items()}
             row = {"epoch": epoch + 1, "loss": loss, **scores(counts, len(classes)),
                    "val_loss": val_loss, **val, "lr": optimizer.param_groups[0]["lr"],
@@ -585,7 +584,7 @@ def main(argv=None):
         raise SystemExit(130)
     ## 5. Report: the best epoch becomes a program, its scores and a few pictures.
     model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
-    final = export(segmenter, args, classes, val_images, val_masks)
+    final = export(segmenter, args, losses, val_images, val_masks)
     result = {**history[best - 1], "metrics": final, "args": vars(args),
               "parameters": sum(weight.numel() for weight in model.parameters()),
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],

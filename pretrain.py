@@ -154,8 +154,7 @@ class Quantiser(nn.Module):
         self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
 def start(layer):
     """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
-    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in. (The
-    ## codebook does not need this, see README.)
+    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in.
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
         nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)

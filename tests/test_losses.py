@@ -87,7 +87,7 @@ def test_perfect_is_zero_and_wrong_is_not(name):
 def test_losses_are_summed_in_float32():
     logits, masks = batch(3)
     y, valid = m.one_hot(masks, 3)
-    whole = m.segmentation_loss(logits.bfloat16(), masks, "bce+dice+iou")
+    whole = m.segmentation_loss(logits.bfloat16(), masks, [m.bce, m.dice_loss, m.iou_loss])
     rounded = logits.bfloat16().float()
     assert whole.dtype == torch.float32
     assert whole.item() == pytest.approx(sum(f(rounded, y, valid).item() for f in
