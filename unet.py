@@ -101,9 +101,9 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
     def forward(self, x):
         return (x - self.mean) / self.std
-def conv_bn(a, b):
-    """3x3 convolution a -> b channels, batch normalisation, ReLU; H and W stay."""
-    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
+def conv_bn(a, b, side=3):
+    """Convolution a -> b channels, batch normalisation, ReLU; H and W stay."""
+    return nn.Sequential(nn.Conv2d(a, b, side, padding=side // 2, bias=False), nn.BatchNorm2d(b),
                          nn.ReLU(inplace=True))
 def double_conv(a, b):
     """The paper's pair of 3x3 convolutions: two of them see 5x5 pixels with fewer weights."""

@@ -192,20 +192,22 @@ class VQVAE(nn.Module):
         z = self.encoder(x - 0.5)                             # (B, D, H/2^downs, W/2^downs)
         q, commitment, ids = self.quantiser(z, keep)
         return self.head(self.decoder(q)), commitment, ids
-def summary(model, size):
-    """Print the blocks with output shape, parameters and multiply-adds of one photo."""
-    rows = {}
-    for name, block in model.eval().named_modules():
+def summary(model, size, show):
+    """Parameters and multiply-adds of one photo -> (int, int); if show, of every block too."""
+    rows, model = {}, copy.deepcopy(model).to("meta").eval()      # meta: shapes without numbers
+    for name, block in model.named_modules():
         block.register_forward_hook(lambda block, x, y, name=name: rows.update({name: (
             [*(y if torch.is_tensor(y) else y[0]).shape[1:]],
             sum(weight.numel() for weight in block.parameters()))}))
-    with torch.no_grad(), FlopCounterMode(display=False, depth=9) as counter:
-        model(torch.zeros(1, 3, *size))
+    with FlopCounterMode(display=False, depth=9) as counter:
+        model(torch.zeros(1, 3, *size, device="meta"))
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
-        if name.count(".") < 2:          # encoder.0 ..., encoder, ..., the whole
-            print(f"{name or 'VQVAE':12} {str(shape):16} {weights:>12,} parameters "
-                  f"{sum(counts.get(name, {}).values()) // 2:>14,} multiply-adds")
+        total = sum(counts.get(name, {}).values()) // 2
+        if show and name.count(".") < 2:                # encoder.0 ..., encoder, ..., the whole
+            print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
+                  f"{total:>15,} multiply-adds")
+    return weights, total
 
 # --- loss and scores ------------------------------------------------------------------------------
 def reconstruction_loss(output, x, commitment, variance):
@@ -476,7 +478,7 @@ def main(argv=None):
     model = VQVAE(3, args.width, args.residual_width, args.residual_blocks, args.downs, args.codes,
                   args.code_size)
     if args.summary:
-        return summary(model, args.size)
+        return print("{:,} parameters, {:,} multiply-adds".format(*summary(model, args.size, True)))
     print(f"vqvae.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
     ## 2. The photos: a tenth for validation, --frac of the others for training.
