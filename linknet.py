@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "epochs": 16, "batch_size": 32, "lr": 2e-3, "weights": "none"},
+AUTO = {"toy": {"size": [64], "epochs": 8, "batch_size": 32, "lr": 2e-3, "weights": "none"},
         "folder": {"size": [128], "epochs": 60, "batch_size": 16, "lr": 1e-3,
                    "weights": "imagenet"}}
 SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move

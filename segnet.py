@@ -2,14 +2,12 @@
 WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out (Badrinarayanan et al.
   2017): the thirteen convolutions and five poolings of VGG-16, then the same mirrored.
 YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
-  - a masked auto-encoder of a plain convolutional network -> pretrain, take_over
-RUN IT          python segnet.py
-                python segnet.py --resume
-                python segnet.py --pretrain                                 without labels, and on:
+  - a masked auto-encoder of a plain convolutional network -> pretrain, inherit
+RUN IT          python segnet.py                                      with --resume it goes on
+                python segnet.py --pretrain                           without labels, and then
                 python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  TODO
-DIFFERS FROM THE PAPER  Half of its channels by default (--width 64 is the paper's), AdamW in place
-  of SGD, no VGG weights.
+DIFFERS FROM THE PAPER  Half of its channels (paper: --width 64), AdamW for SGD, no VGG weights.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -23,10 +21,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "width": 16, "epochs": 24, "batch_size": 32, "lr": 2e-3},
+AUTO = {"toy": {"size": [64], "width": 16, "epochs": 16, "batch_size": 32, "lr": 2e-3},
         "folder": {"size": [128], "width": 32, "epochs": 60, "batch_size": 16, "lr": 1e-3}}
 MASKED, PATCH = 0.6, 8           # of --pretrain: hidden share of a photo, side of a hidden square
-FILL = 0.5                       # grey, in the place of what is masked
 SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
@@ -56,7 +53,6 @@ def settle(args, multiple):
     args.size = args.size * 2 if len(args.size) == 1 else args.size
     if len(args.size) != 2 or "auto" in args.size or any(side % multiple for side in args.size):
         fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
@@ -89,13 +85,14 @@ def parse_args(argv=None):
 # --- model ----------------------------------------------------------------------------------------
 ## Max-pooling keeps the largest of four values and forgets which it was, and so where edges are.
 ## SegNet keeps that number, two bits; un-pooling writes each value back to its place, with zeros
-## around it that the next convolutions fill.
+## around it that the next convolutions fill. U-Net hands whole maps across instead, hundreds of
+## bits where SegNet hands two: that shows in the scores along edges, and in the memory when a
+## trained network runs.
 
 def conv_bn(a, b, side=3):
     """Convolution a -> b channels, batch normalisation, ReLU; H and W stay."""
     return nn.Sequential(nn.Conv2d(a, b, side, padding=side // 2, bias=False), nn.BatchNorm2d(b),
                          nn.ReLU(inplace=True))
-
 class SegNet(nn.Module):
     """x (B, 3, H, W) in [0, 1], H and W multiples of 32 -> logits (B, classes, H, W)."""
     def __init__(self, classes, width=64):
@@ -112,6 +109,7 @@ class SegNet(nn.Module):
     def forward(self, x):
         x, places = self.normalise(x), []
         for stage in self.encoder:
+            ## place: the number, within its map, of the pixel that each maximum came from.
             x, place = F.max_pool2d(stage(x), 2, return_indices=True)
             places.append(place)           # (B, 64, H/2, W/2), (B, 128, H/4, W/4), ...
         for stage in self.decoder:         # (B, 512, H/32, W/32) -> (B, 512, H/16, W/16) -> ...
@@ -145,7 +143,7 @@ def export(model, args, losses, images, masks):
     extra = {"meta.json": json.dumps(meta)}
     save(Path(args.out, "model.pt2"), lambda f: torch.export.save(program, f, extra_files=extra))
     return meta["metrics"]
-def take_over(model, path):
+def inherit(model, path):
     """Copy the weights of a --pretrain run into model, but for the head, which spoke in colours and
     must now speak in classes -> number of tensors taken."""
     state = load_checkpoint(path, Path(__file__).name, "run python segnet.py --pretrain first")
@@ -279,16 +277,18 @@ def hide(x, g=None):
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
     hidden = F.interpolate((rank < MASKED * h * w).float().view(B, 1, h, w), scale_factor=PATCH)
     hidden = hidden[:, :, :H, :W].to(x.device) > 0                                  # (B, 1, H, W)
-    return torch.where(hidden, FILL, x).contiguous(memory_format=torch.channels_last)
+    return torch.where(hidden, 0.5, x).contiguous(memory_format=torch.channels_last)
 def pretrain(model, images, val, history, best, optimizer, args, amp):
     """A masked auto-encoder: photos with grey patches go in, the photos as they were come out."""
+    ## Whoever can fill in an ear must know something of cats. Two things set this apart from the
+    ## project it follows: the target is a tensor of its own, so that the patches are not in it, and
+    ## the error is in float32 of the whole photo. What is learned here is handed on by inherit.
     device, batch = next(model.parameters()).device, min(args.batch_size, len(images))
     steps = len(images) // batch
     def error(x, g=None):
         x = to_float(x.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output = model(hide(x, g))
-        ## The target is the clean photo: what the patches hide has to be guessed.
         return (output.float() - x).square().mean()
     print("   epoch    loss  val_loss       lr   img/s     sec")
     for epoch in range(len(history), args.epochs):
@@ -320,7 +320,7 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
     seen = hide(x := to_float(val[:8].to(device)))
     draw_samples(Path(args.out, "samples.png"), *(picture.detach().clamp(0, 1).mul(255).byte()
                                                   for picture in (x, seen, model.eval()(seen))))
-    print(f"best     epoch {best}  then: python segnet.py --init {args.out}/best.pt")
+    print(f"best     epoch {best}  python segnet.py --init {args.out}/best.pt goes on from it")
 
 # --- labelled data --------------------------------------------------------------------------------
 
@@ -441,28 +441,19 @@ def load_split(data, root, part, size, ignore):
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
     return images, table[masks.int()], breeds, PETS if data == "pets" else names
-def upright(image, size):
-    """RGB, EXIF rotation undone, resized to (H, W) -> (3, H, W) uint8."""
-    image.draft("RGB", (2 * size[1], 2 * size[0]))     # JPEG: decoded at 1/2, 1/4 or 1/8 at once
-    image = ImageOps.exif_transpose(image).convert("RGB").resize(size[::-1], Image.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-def load_photos(data, root, part, size, ignore):
-    """load_split for photos without labels: those of a set, or all pictures under a plain folder,
-    read anew each time -> images, masks that mean nothing, "" for breeds, colours for classes."""
-    if data == "pets" or any(Path(data).rglob("masks")):
+def load_unlabelled(data, root, part, size, ignore):
+    """load_split without labels: the photos of a set, or all JPEGs under a plain folder."""
+    if data in ("toy", "pets") or any(Path(data).rglob("masks")):
         images = load_split(data, root, part, size, ignore)[0]
-    elif data == "toy":
-        images = draw_toy(4096, size, 3)[0][subset([""] * 4096, 0.1)[part == "train"]]
     else:
-        files = [file for file in sorted(Path(data).rglob("*"))
-                 if file.suffix.lower() in Image.registered_extensions()]
+        files = sorted(Path(data).rglob("*.jp*g"))
+        keep = subset([""] * len(files), 0.1)[part == "train"]
+        read = lambda i: np.asarray(Image.open(files[i]).convert("RGB").resize(size[::-1]))
         try:
-            with ThreadPoolExecutor() as pool:
-                images = torch.from_numpy(np.stack(list(pool.map(lambda i: upright(
-                    Image.open(files[i]), size), subset([""] * len(files), 0.1)[part == "train"]))))
-        except Exception as error:                     # whatever a broken file can provoke
+            images = torch.from_numpy(np.stack([read(i) for i in keep])).movedim(3, 1)
+        except (OSError, ValueError) as error:         # no photos, or a broken one
             fail(f"--data {data}: {error}")
-    return images, images[:, 0], [""] * len(images), ["red", "green", "blue"]
+    return images, images[:, 0], [""] * len(images), ["red", "green", "blue"]   # masks mean nothing
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -529,8 +520,7 @@ def draw_samples(path, *columns):
 # --- main -----------------------------------------------------------------------------------------
 def main(argv=None):
     args = parse_args(argv)
-    args.out = args.out or f"checkpoints/segnet{'_pretrain' * args.pretrain}"
-    out = Path(args.out)
+    args.out = str(out := Path(args.out or f"checkpoints/segnet{'_pretrain' * args.pretrain}"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     ## 1. The settings hang on the data.
     if args.data == "auto":
@@ -541,7 +531,7 @@ def main(argv=None):
     print(f"segnet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
-    load = load_photos if args.pretrain else load_split
+    load = load_unlabelled if args.pretrain else load_split
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
     args.classes = classes = max(classes, more, key=len)       # a resumed run must have the same
@@ -560,7 +550,7 @@ def main(argv=None):
     if args.summary:
         return
     if args.init:
-        print(f"init     {take_over(model, args.init)} tensors of {args.init}")
+        print(f"init     {inherit(model, args.init)} tensors of {args.init}")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     history, best = open_run(args, model, optimizer)

@@ -12,7 +12,14 @@ NAMES = "vqvae linknet segnet unet pretrain finetune evaluate experiments".split
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 TRAINING = [name for name in SCRIPTS if name not in ("evaluate", "experiments")]
 SEGMENTERS = [name for name in ("finetune", "linknet", "segnet", "unet") if name in SCRIPTS]
+BASELINES = [name for name in ("linknet", "segnet", "unet") if name in SCRIPTS]
 CODED = [name for name in ("vqvae", "pretrain", "finetune") if name in SCRIPTS]   # with a quantiser
+
+# The smallest network of each script at the smallest size it takes.
+SMALL = {name: flags.split() for name, flags in {
+    "vqvae": "--size 16", "pretrain": "--size 16", "finetune": "--init none --size 16",
+    "linknet": "--encoder resnet18 --weights none --size 32", "segnet": "--width 4 --size 32",
+    "unet": "--width 4 --size 16"}.items()}
 
 # One thread: the nets here are tiny, and two threads wait for each other on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"

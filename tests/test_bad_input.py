@@ -7,14 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SCRIPTS, SEGMENTERS, TRAINING, drawn, load, write_folder
+from conftest import SCRIPTS, SEGMENTERS, SMALL, TRAINING, drawn, load, write_folder
 
 BOTH = [name for name in ("pretrain", "finetune", "vqvae") if name in SCRIPTS]
 
 def quick(name, *flags):
     """The fewest flags with which a script would train at once."""
-    more = ["--init", "none"] if name == "finetune" else []
-    return [*more, "--size", "16", "--epochs", "1", "--frac", "0.05", *map(str, flags)]
+    return [*SMALL[name], "--epochs", "1", "--frac", "0.05", *map(str, flags)]
 
 @pytest.fixture(autouse=True)
 def nothing_left(here):

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SCRIPTS, checkpoint, load, rows, start, write_folder
+from conftest import SEGMENTERS, SMALL, TRAINING, checkpoint, load, rows, start, write_folder
 
-RESUMABLE = [name for name in SCRIPTS if name in ("finetune", "pretrain", "vqvae")]
-each = pytest.mark.parametrize("name", RESUMABLE)
+each = pytest.mark.parametrize("name", TRAINING)
 TIMES = ("seconds", "images_per_second", "memory_gb")
 
 @pytest.fixture
@@ -16,9 +15,8 @@ def argv(here):
     """argv(name, *flags): a training of seconds on thirty photos."""
     folder = write_folder(here / "photos", 30)
     def build(name, *flags):
-        more = ["--init", "none"] if name == "finetune" else []
-        data = folder if name == "finetune" else folder / "images"
-        return ["--data", str(data), "--size", "16", "--epochs", "4", "--batch-size", "4", *more, *flags]
+        data = folder if name in SEGMENTERS else folder / "images"
+        return ["--data", str(data), *SMALL[name], "--epochs", "4", "--batch-size", "4", *flags]
     return build
 
 def timeless(folder):
