@@ -1,13 +1,13 @@
 """SegNet: pooling remembers where each maximum stood, and un-pooling puts it back there.
 WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out (Badrinarayanan et al.
-  2017): the thirteen convolutions and five poolings of VGG-16, then the same mirrored.
+  2017): the convolutions and poolings of VGG-16, then the same mirrored.
 YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
   - a masked auto-encoder of a plain convolutional network -> pretrain, inherit
 RUN IT          python segnet.py                                      with --resume it goes on
                 python segnet.py --pretrain                           without labels, and then
                 python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  TODO
-DIFFERS FROM THE PAPER  Half of its channels (paper: --width 64), AdamW for SGD, no VGG weights.
+DIFFERS FROM THE PAPER  Smaller (the paper's: --stages 5 --width 64), AdamW, no VGG weights.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 # --- knobs ----------------------------------------------------------------------------------------
 AUTO = {"toy": {"size": [64], "width": 16, "epochs": 16, "batch_size": 32, "lr": 2e-3},
         "folder": {"size": [128], "width": 32, "epochs": 60, "batch_size": 16, "lr": 1e-3}}
-MASKED, PATCH = 0.6, 8           # of --pretrain: hidden share of a photo, side of a hidden square
 SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
@@ -64,6 +63,7 @@ def parse_args(argv=None):
     add("--ignore", type=number(int, 0, 255), help="label in a folder's masks that does not count")
     add = p.add_argument_group("model").add_argument
     add("--width", type=number(int, 1, 512, "auto"), default="auto", help="channels; paper: 64")
+    add("--stages", type=number(int, 1, 5), default=4, help="how often sides are halved; paper: 5")
     add("--pretrain", action="store_true", help="restore masked photos instead; needs no labels")
     add("--init", help="the best.pt of a --pretrain run to start from")
     add("--summary", action="store_true", help="print shapes, parameters, multiply-adds; no run")
@@ -94,10 +94,10 @@ def conv_bn(a, b, side=3):
     return nn.Sequential(nn.Conv2d(a, b, side, padding=side // 2, bias=False), nn.BatchNorm2d(b),
                          nn.ReLU(inplace=True))
 class SegNet(nn.Module):
-    """x (B, 3, H, W) in [0, 1], H and W multiples of 32 -> logits (B, classes, H, W)."""
-    def __init__(self, classes, width=64):
+    """x (B, 3, H, W) in [0, 1], H and W multiples of 2^stages -> logits (B, classes, H, W)."""
+    def __init__(self, classes, width=64, stages=5):
         super().__init__()
-        widths, depths = [3] + [width * k for k in (1, 2, 4, 8, 8)], (2, 2, 3, 3, 3)     # VGG-16
+        widths, depths = [3] + [width * k for k in (1, 2, 4, 8, 8)[:stages]], (2, 2, 3, 3, 3)
         self.normalise = nn.BatchNorm2d(3, affine=False)      # of the photos
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for a, b, depth in zip(widths, widths[1:], depths):
@@ -151,7 +151,7 @@ def inherit(model, path):
     taken = {name: tensor for name, tensor in state["model"].items() if "head." not in name
              and name in own and tensor.shape == own[name].shape}
     model.load_state_dict(taken, strict=False)
-    return len(taken) if len(taken) == len(own) - 2 else fail(f"--init {path}: of another --width")
+    return len(taken) if len(taken) == len(own) - 2 else fail(f"--init {path}: of another size")
 
 # --- loss and scores ------------------------------------------------------------------------------
 def one_hot(masks, classes):
@@ -271,11 +271,11 @@ def validate(model, images, masks, losses, amp=False):
         total = total + segmentation_loss(logits, y, losses) * len(x)
         counts = counts + confusion(logits, y)
     return (total / len(images)).item(), counts.cpu()
-def hide(x, g=None):
+def hide(x, g=None, share=0.6, patch=8):
     """x (B, 3, H, W) with a random share of its patches painted grey; x itself stays as it is."""
-    (B, _, H, W), h, w = x.shape, -(-x.shape[2] // PATCH), -(-x.shape[3] // PATCH)
+    (B, _, H, W), h, w = x.shape, -(-x.shape[2] // patch), -(-x.shape[3] // patch)
     rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
-    hidden = F.interpolate((rank < MASKED * h * w).float().view(B, 1, h, w), scale_factor=PATCH)
+    hidden = F.interpolate((rank < share * h * w).float().view(B, 1, h, w), scale_factor=patch)
     hidden = hidden[:, :, :H, :W].to(x.device) > 0                                  # (B, 1, H, W)
     return torch.where(hidden, 0.5, x).contiguous(memory_format=torch.channels_last)
 def pretrain(model, images, val, history, best, optimizer, args, amp):
@@ -525,7 +525,7 @@ def main(argv=None):
     ## 1. The settings hang on the data.
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
-    settle(args, 32)
+    settle(args, 2 ** args.stages)
     device, bf16 = pick_device(args.device)
     amp = args.amp and bf16
     print(f"segnet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
@@ -544,7 +544,7 @@ def main(argv=None):
     ## 3. The model. The baseline is the best constant answer.
     losses = [LOSSES[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)
-    model = SegNet(len(classes), args.width)
+    model = SegNet(len(classes), args.width, args.stages)
     parameters, multiply_adds = summary(model, args.size, args.summary)
     print(f"model    SegNet, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
     if args.summary:

@@ -18,7 +18,7 @@ CODED = [name for name in ("vqvae", "pretrain", "finetune") if name in SCRIPTS] 
 # The smallest network of each script at the smallest size it takes.
 SMALL = {name: flags.split() for name, flags in {
     "vqvae": "--size 16", "pretrain": "--size 16", "finetune": "--init none --size 16",
-    "linknet": "--encoder resnet18 --weights none --size 32", "segnet": "--width 4 --size 32",
+    "linknet": "--encoder resnet18 --weights none --size 32", "segnet": "--width 4 --stages 2 --size 16",
     "unet": "--width 4 --size 16"}.items()}
 
 # One thread: the nets here are tiny, and two threads wait for each other on a busy machine.

@@ -8,6 +8,7 @@ import torch
 from conftest import SEGMENTERS, SMALL, TRAINING, checkpoint, load, rows, start, write_folder
 
 each = pytest.mark.parametrize("name", TRAINING)
+few = pytest.mark.parametrize("name", [name for name in TRAINING if name != "linknet"])      # it is large
 TIMES = ("seconds", "images_per_second", "memory_gb")
 
 @pytest.fixture
@@ -88,14 +89,14 @@ def test_other_arguments_are_named(name, argv, refuse):
     assert "--lr" in line and "0.02" in line and "--epochs" in line and "--seed" not in line
     assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
 
-@each
+@few
 def test_a_moved_run_resumes(name, argv):
     load(name).main(argv(name, "--out", "run", "--epochs", "1"))
     shutil.move("run", "elsewhere")
     load(name).main(argv(name, "--out", "elsewhere", "--epochs", "1", "--resume"))
     assert len(rows("elsewhere")) == 1
 
-@each
+@few
 def test_leftover_temporary_files_are_ignored(name, argv):
     load(name).main(argv(name, "--out", "run", "--epochs", "1"))
     for file in ("best.pt", "last.pt", "log.jsonl", "model.pt2"):
@@ -104,7 +105,7 @@ def test_leftover_temporary_files_are_ignored(name, argv):
     load(name).main(argv(name, "--out", "run", "--epochs", "1"))
     assert Path("run.prev/best.pt").exists() and len(rows("run")) == 1
 
-@each
+@few
 def test_one_generation_is_kept(name, argv, capsys):
     for seed in "012":
         load(name).main(argv(name, "--out", "run", "--epochs", "1", "--seed", seed))
@@ -130,7 +131,7 @@ def test_sigterm_is_a_ctrl_c(name, argv, here):
     assert child.returncode == 130 and "--resume" in out and "Traceback" not in err
     assert checkpoint("run/last.pt")["epoch"] == len(rows("run"))
 
-@each
+@few
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_while_saving(name, argv):
     """Twenty kills at random moments of a process that does nothing but save."""
