@@ -1,9 +1,9 @@
 """Every command in the README and in the docstrings is accepted by the script's own parser."""
-import re, shlex
+import json, re, shlex, sys, types
 
 import pytest
 
-from conftest import NAMES, ROOT, SCRIPTS, load
+from conftest import NAMES, ROOT, SCRIPTS, SMALL, load
 
 COMMAND = re.compile(r"(?:^|&& |[$;] )python3? ((?:" + "|".join(NAMES) + r")\.py[^#\n;&|]*)", re.M)
 
@@ -35,3 +35,33 @@ def test_command_is_accepted(file, command):
 def test_readme_names_every_script():
     text = (ROOT / "README.md").read_text()
     assert [name for name in SCRIPTS if f"{name}.py" not in text] == []
+
+# --- the recipes of the README ----------------------------------------------------------------------
+
+def recipe(word):
+    """The one Python block of the README that holds the word."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    block, = [block for block in blocks if word in block]
+    return block
+
+def test_a_library_s_segmenter_is_scored_beside_ours(here, capsys):
+    exec(recipe("deeplabv3").replace("128", "32"), {})
+    load("evaluate").main(["mine.pt2", "--data", "toy", "--json", "s.json"])
+    record, = json.loads((here / "s.json").read_text())
+    assert record["parameters"] > 30e6 and 0 < record["scores"]["miou"] < 0.6
+
+def test_a_training_in_tensorboard(here, monkeypatch):
+    seen = []
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(folder)
+        def add_scalar(self, *row):
+            seen.append(row)
+        def close(self):
+            seen.append("closed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    load("unet").main([*SMALL["unet"], "--frac", "0.05", "--epochs", "2"])
+    exec(recipe("SummaryWriter"), {})
+    assert seen[0] == "checkpoints/unet" and seen[-1] == "closed"
+    assert {name for name, _, step in seen[1:-1]} >= {"loss", "val_loss", "val_miou", "lr", "images_per_second"}
+    assert {step for _, _, step in seen[1:-1]} == {1, 2} and all(isinstance(v, (int, float)) for _, v, _ in seen[1:-1])
