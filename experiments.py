@@ -5,7 +5,7 @@ WHAT IT DOES    Starts pretrain.py, finetune.py and the others as child processe
 YOU WILL LEARN
   - what makes a comparison fair: the same steps, the same search, the same seeds -> plan
   - why a difference is taken seed by seed before it is averaged -> paired
-  - what the numbers published by the projects before this one really were -> PUBLISHED
+  - what the numbers published by the projects before this one really were -> SOURCES
 RUN IT          python experiments.py quick                        everything, drawn pets, minutes
                 python experiments.py labels masks --data pets --seeds 3
                 python experiments.py labels --data pets --dry-run
@@ -36,7 +36,7 @@ HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 ## The published figures, each under the definition that it really has (README: how scores are
 ## defined), beside which the table puts ours under the same definition.
-PUBLISHED = {
+SOURCES = {
     "labels": {"pre-trained, 100 %": "D1 .864 / .769, accuracy .865; again .851 / .752, .853",
                "scratch, 100 %": "D1 .853 / .752, accuracy .857; again .851 / .750, .855",
                "pre-trained, 50 %": "D1 .845 / .742, accuracy .846; again .848 / .746, .850",
@@ -45,9 +45,10 @@ PUBLISHED = {
                     "half": "D1 .855 / .755, accuracy .857; again .829 / .718, .831",
                     "none": "D1 .853 / .752, accuracy .857; again .851 / .750, .855"},
     "imbalance": {"three cat breeds": "D1 .843 / .740, accuracy .846"},
-    "blur": {f"pre-trained, {p} %": f"D1 {dice} / {iou}, accuracy {acc}" for p, dice, iou, acc in (
-        (0, ".851", ".751", ".853"), (25, ".749", ".618", ".750"), (50, ".683", ".531", ".683"),
-        (75, ".649", ".494", ".649"), (100, ".621", ".466", ".621"))},
+    "blur": {f"VQ-VAE, pre-trained, {percent} %": f"D1 {figures}" for percent, figures in (
+        (0, ".851 / .751, accuracy .853"), (25, ".749 / .618, accuracy .750"),
+        (50, ".683 / .531, accuracy .683"), (75, ".649 / .494, accuracy .649"),
+        (100, ".621 / .466, accuracy .621"))},
     "models": {"VQ-VAE, pre-trained": "D1 .864 / .769, accuracy .865",
                "LinkNet": "D3 .857 / .768 (ImageNet weights, own split)",
                "SegNet": "D2 .511 / .343, accuracy .875"},
@@ -310,7 +311,7 @@ def paired(one, other, key="miou"):
     return spread([one[seed][key] - other[seed][key] for seed in one if seed in other])
 def markdown(records, experiment):
     """The rows of one experiment as Markdown, with the published numbers and what they mean."""
-    columns, published = COLUMNS.get(experiment, USUAL), PUBLISHED.get(experiment, {})
+    columns, published = COLUMNS.get(experiment, USUAL), SOURCES.get(experiment, {})
     groups = grouped(records, experiment)
     seeds = max(len(group) for group in groups.values())
     lines = [f"### {experiment}", "", f"{seeds} seed{'s' * (seeds > 1)}, test photos, mean ± "
@@ -328,7 +329,7 @@ def markdown(records, experiment):
 
 # --- page -----------------------------------------------------------------------------------------
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
+PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
 body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;
@@ -352,7 +353,7 @@ def chart(title, series, across):
                    + text(52, Y(y) + 4, f"{y:.3f}", 'text-anchor="end"'))
     for x in sorted(set(xs)) if across else ():
         out.append(text(X(x), 270, f"{x:.3g}", 'text-anchor="middle"'))
-    for (name, line), colour, row in zip(series.items(), COLOURS * 9, range(99)):
+    for (name, line), colour, row in zip(series.items(), PALETTE * 9, range(99)):
         path = " ".join(f"{X(x):.1f},{Y(mean):.1f}" for x, mean, _ in sorted(line))
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, m, s in line:

@@ -558,8 +558,8 @@ def main(argv=None):
     if args.compile:
         model.compile()
     share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-    share = (share / share.sum())[len(classes) == 1:].max()
-    print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
+    share = (share / share.sum())[len(classes) == 1:]
+    print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
     try:

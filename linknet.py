@@ -1,17 +1,17 @@
 """LinkNet: segmentation at the price of a classifier.
 WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out (Chaurasia and Culurciello
   2017). A ResNet is the encoder; each block of the decoder adds, rather than concatenates, what the
-  encoder had at that size, so that its maps stay narrow: that is where the speed comes from.
+  encoder had at that size, so that its maps stay narrow, which saves time.
 YOU WILL LEARN  - skips by addition, and a decoder that costs little -> DecoderBlock, LinkNet
   - two ways to learn up-sampling -> doubled; rare classes weighted up -> weighted_ce
-  - what a schedule is: a function of the step -> lr_at, one_cycle, plateau
+  - a schedule is a function of the step, or of the past -> lr_at, one_cycle, plateau
 RUN IT          python linknet.py
                 python linknet.py --resume
-                python linknet.py --data pets --weights imagenet
+                python linknet.py --data pets                  (fetches ImageNet weights)
                 python evaluate.py checkpoints/linknet
 WHAT TO EXPECT  TODO
 DIFFERS FROM THE PAPER  ResNet-34 by default, the paper's 18 with --encoder resnet18; AdamW (Adam is
-  --weight-decay 0) where the paper has RMSProp, warm-up and cosine.
+  --weight-decay 0), warm-up and cosine where it has RMSProp; its class weights are --loss wce.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add, many = p.add_argument_group("optimisation").add_argument, number(int, 1, 10**6, "auto")
     add("--loss", choices=(*SUMS, "wce"), default="bce+dice", help="wce: rare classes count more")
     add("--schedule", choices=("cosine", "onecycle", "plateau"), default="cosine",
-        help="of the learning rate; plateau when you do not know how many epochs it takes")
+        help="of the learning rate; plateau: a tenth of it whenever val_loss stops falling")
     add("--epochs", type=many, default="auto", help="passes over the photos")
     add("--batch-size", type=many, default="auto", help="halve it if memory runs out")
     add("--lr", type=number(float, 1e-9, 10, "auto"), default="auto", help="halve it if loss jumps")
@@ -171,7 +171,7 @@ def summary(model, size, show):
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
-        if show and name.count(".") < 2:                # encoder.0 ..., encoder, ..., the whole
+        if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total
@@ -231,7 +231,7 @@ def scores(counts, classes):
             "dice": (2 * iou / (1 + iou)).nanmean().item(), "iou": iou.nan_to_num().tolist()}
 def rarity(masks, classes):
     """Weight of each class, 1 / ln(1.02 + its share of the pixels) (ENet, Paszke et al. 2016, sec.
-    5.2), between 1.4 for a class that is everywhere and 50 for one that is nowhere -> (C,)."""
+    5.2), from 1.4 for a class that is everywhere to 50 for one that is nowhere -> (max(2, C),)."""
     counts = torch.bincount(masks.flatten().cpu(), minlength=256)[:max(2, classes)].float()
     return 1 / torch.log(1.02 + counts / counts.sum())
 def weighted_ce(logits, y, valid, weights):
@@ -268,8 +268,8 @@ def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 def one_cycle(step, steps, peak):
-    """Up from a 25th of the peak over 30 % of the steps, down to 0 over the others, both along half
-    a cosine (Smith and Topin 2018): a high rate for most of the time, and none at the end."""
+    """Up from a 25th of the peak over 30 % of the steps, down to 0 over the others (after Smith and
+    Topin 2018, whose ramps are straight; half cosines as in PyTorch)."""
     top = 0.3 * steps
     if step < top:
         return peak * (0.52 - 0.48 * math.cos(math.pi * step / top))
@@ -543,10 +543,9 @@ def main(argv=None):
     ## 3. The model. The baseline is the best constant answer.
     weighted = partial(weighted_ce, weights=rarity(masks, len(classes)))
     losses = [(LOSSES | {"wce": weighted})[name] for name in args.loss.split("+")]
-    schedule = {"cosine": lr_at, "onecycle": one_cycle,
-                "plateau": lambda step, steps, peak: plateau(history, peak)}[args.schedule]
     torch.manual_seed(args.seed)
-    model = LinkNet(len(classes), args.encoder, args.weights, args.up)
+    model = LinkNet(len(classes), args.encoder,
+                    "none" if args.resume else args.weights, args.up)
     parameters, multiply_adds = summary(model, args.size, args.summary)
     print(f"model    LinkNet, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
     if args.summary:
@@ -554,11 +553,13 @@ def main(argv=None):
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     history, best = open_run(args, model, optimizer)
+    schedule = {"cosine": lr_at, "onecycle": one_cycle,
+                "plateau": lambda step, steps, peak: plateau(history, peak)}[args.schedule]
     if args.compile:
         model.compile()
     share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-    share = (share / share.sum())[len(classes) == 1:].max()
-    print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
+    share = (share / share.sum())[len(classes) == 1:]
+    print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
     try:

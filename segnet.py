@@ -1,11 +1,10 @@
 """SegNet: pooling remembers where each maximum stood, and un-pooling puts it back there.
-WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out (Badrinarayanan et al.
-  2017): the convolutions and poolings of VGG-16, then the same mirrored.
+WHAT IT DOES    Photos (B, 3, H, W) go in, logits (B, C, H, W) come out: VGG-16's convolutions and
+  poolings, then the same mirrored (Badrinarayanan et al. 2017).
 YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
   - a masked auto-encoder of a plain convolutional network -> pretrain, inherit
 RUN IT          python segnet.py                                      with --resume it goes on
-                python segnet.py --pretrain                           without labels, and then
-                python segnet.py --init checkpoints/segnet_pretrain/best.pt
+  python segnet.py --pretrain && python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  TODO
 DIFFERS FROM THE PAPER  Smaller (the paper's: --stages 5 --width 64), AdamW, no VGG weights.
 """
@@ -84,10 +83,9 @@ def parse_args(argv=None):
 
 # --- model ----------------------------------------------------------------------------------------
 ## Max-pooling keeps the largest of four values and forgets which it was, and so where edges are.
-## SegNet keeps that number, two bits; un-pooling writes each value back to its place, with zeros
-## around it that the next convolutions fill. U-Net hands whole maps across instead, hundreds of
-## bits where SegNet hands two: that shows in the scores along edges, and in the memory when a
-## trained network runs.
+## SegNet keeps that number, for which two bits would do; un-pooling writes each value back to its
+## place, with zeros around it that the next convolutions fill. U-Net hands the whole maps across
+## instead, and its edges are the better for it.
 
 def conv_bn(a, b, side=3):
     """Convolution a -> b channels, batch normalisation, ReLU; H and W stay."""
@@ -98,12 +96,12 @@ class SegNet(nn.Module):
     def __init__(self, classes, width=64, stages=5):
         super().__init__()
         widths, depths = [3] + [width * k for k in (1, 2, 4, 8, 8)[:stages]], (2, 2, 3, 3, 3)
-        self.normalise = nn.BatchNorm2d(3, affine=False)      # of the photos
+        self.normalise = nn.BatchNorm2d(3, affine=False)      # of the batch's colours
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for a, b, depth in zip(widths, widths[1:], depths):
             self.encoder.append(nn.Sequential(conv_bn(a, b), *[
                 conv_bn(b, b) for _ in range(depth - 1)]))
-            back = [conv_bn(b, b) for _ in range(depth - 1)] + [conv_bn(b, a)] * (a > 3)
+            back = [conv_bn(b, b) for _ in range(depth - 1)] + [conv_bn(b, a)] * (b > width)
             self.decoder.insert(0, nn.Sequential(*back))
         self.head = nn.Conv2d(width, classes, 3, padding=1)   # no activation: logits go out
     def forward(self, x):
@@ -111,8 +109,8 @@ class SegNet(nn.Module):
         for stage in self.encoder:
             ## place: the number, within its map, of the pixel that each maximum came from.
             x, place = F.max_pool2d(stage(x), 2, return_indices=True)
-            places.append(place)           # (B, 64, H/2, W/2), (B, 128, H/4, W/4), ...
-        for stage in self.decoder:         # (B, 512, H/32, W/32) -> (B, 512, H/16, W/16) -> ...
+            places.append(place)       # (B, width, H/2, W/2), (B, 2 width, H/4, W/4), ...
+        for stage in self.decoder:     # and the same backwards, up to (B, width, H, W)
             x = stage(F.max_unpool2d(x, places.pop(), 2))
         return self.head(x)                                   # (B, C, H, W)
 def summary(model, size, show):
@@ -127,7 +125,7 @@ def summary(model, size, show):
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
-        if show and name.count(".") < 2:                # encoder.0 ..., encoder, ..., the whole
+        if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total
@@ -151,7 +149,7 @@ def inherit(model, path):
     taken = {name: tensor for name, tensor in state["model"].items() if "head." not in name
              and name in own and tensor.shape == own[name].shape}
     model.load_state_dict(taken, strict=False)
-    return len(taken) if len(taken) == len(own) - 2 else fail(f"--init {path}: of another size")
+    return len(taken) if len(taken) == len(own) - 2 else fail(f"--init {path}: another --width")
 
 # --- loss and scores ------------------------------------------------------------------------------
 def one_hot(masks, classes):
@@ -272,17 +270,16 @@ def validate(model, images, masks, losses, amp=False):
         counts = counts + confusion(logits, y)
     return (total / len(images)).item(), counts.cpu()
 def hide(x, g=None, share=0.6, patch=8):
-    """x (B, 3, H, W) with a random share of its patches painted grey; x itself stays as it is."""
+    """x (B, 3, H, W) with that share of its patches, at random, grey; x itself stays as it is."""
     (B, _, H, W), h, w = x.shape, -(-x.shape[2] // patch), -(-x.shape[3] // patch)
-    rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
+    rank = torch.rand(B, h * w, generator=g).argsort(1)                             # a random order
     hidden = F.interpolate((rank < share * h * w).float().view(B, 1, h, w), scale_factor=patch)
     hidden = hidden[:, :, :H, :W].to(x.device) > 0                                  # (B, 1, H, W)
     return torch.where(hidden, 0.5, x).contiguous(memory_format=torch.channels_last)
 def pretrain(model, images, val, history, best, optimizer, args, amp):
     """A masked auto-encoder: photos with grey patches go in, the photos as they were come out."""
-    ## Whoever can fill in an ear must know something of cats. Two things set this apart from the
-    ## project it follows: the target is a tensor of its own, so that the patches are not in it, and
-    ## the error is in float32 of the whole photo. What is learned here is handed on by inherit.
+    ## Whoever can fill in an ear must know something of cats. The target is a tensor of its own, or
+    ## the patches would be in it too. What is learned here is handed on by inherit.
     device, batch = next(model.parameters()).device, min(args.batch_size, len(images))
     steps = len(images) // batch
     def error(x, g=None):
@@ -304,19 +301,22 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
             optimizer.step()
             total = total + loss.detach()
             progress(f" epoch {epoch + 1}  step {step}/{steps}")
-        speed, g = steps * batch / (time.perf_counter() - began), torch.Generator().manual_seed(0)
+        loss, g = total.item() / steps, torch.Generator().manual_seed(0)       # sync: once an epoch
+        speed = steps * batch / (time.perf_counter() - began)
         model.eval()
         with torch.inference_mode():                          # masks that never change
             val_loss = sum(error(x, g).item() * len(x) for x in val.split(64)) / len(val)
         if not math.isfinite(val_loss):
             fail(f"the loss is not finite in epoch {epoch + 1}; try --lr {args.lr / 3:.0e}")
-        row = {"epoch": epoch + 1, "loss": total.item() / steps, "val_loss": val_loss, "lr": lr,
+        row = {"epoch": epoch + 1, "loss": loss, "val_loss": val_loss, "lr": lr,
                "images_per_second": speed, "seconds": time.perf_counter() - began}
         best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
         save_epoch(args, model, optimizer, [*history, row], best)
         history.append(row)
+        star = " *" if best == epoch + 1 else ""
         print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{lr:9.1e}{images_per_second:8,.0f}"
-              "{seconds:8.1f}{1}".format(args.epochs, " *" * (best > epoch), **row), flush=True)
+              "{seconds:8.1f}{1}".format(args.epochs, star, **row), flush=True)
+    model.load_state_dict(torch.load(Path(args.out, "best.pt"), weights_only=True)["model"])
     seen = hide(x := to_float(val[:8].to(device)))
     draw_samples(Path(args.out, "samples.png"), *(picture.detach().clamp(0, 1).mul(255).byte()
                                                   for picture in (x, seen, model.eval()(seen))))
@@ -446,13 +446,13 @@ def load_unlabelled(data, root, part, size, ignore):
     if data in ("toy", "pets") or any(Path(data).rglob("masks")):
         images = load_split(data, root, part, size, ignore)[0]
     else:
-        files = sorted(Path(data).rglob("*.jp*g"))
+        files = sorted(Path(data).rglob("[!.]*.[jJpP][pPnN]*[gG]"))       # jpg, jpeg, png
+        read = lambda file: np.asarray(Image.open(file).convert("RGB").resize(size[::-1]))
         keep = subset([""] * len(files), 0.1)[part == "train"]
-        read = lambda i: np.asarray(Image.open(files[i]).convert("RGB").resize(size[::-1]))
         try:
-            images = torch.from_numpy(np.stack([read(i) for i in keep])).movedim(3, 1)
+            images = torch.from_numpy(np.stack([read(files[i]) for i in keep])).movedim(3, 1)
         except (OSError, ValueError) as error:         # no photos, or a broken one
-            fail(f"--data {data}: {error}")
+            fail(f"--data {data}: {len(files)} photos, {error}")
     return images, images[:, 0], [""] * len(images), ["red", "green", "blue"]   # masks mean nothing
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def main(argv=None):
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
-    ## 3. The model. The baseline is the best constant answer.
+    ## 3. The model.
     losses = [LOSSES[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)
     model = SegNet(len(classes), args.width, args.stages)
@@ -549,7 +549,7 @@ def main(argv=None):
     print(f"model    SegNet, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
     if args.summary:
         return
-    if args.init:
+    if args.init and not args.resume:
         print(f"init     {inherit(model, args.init)} tensors of {args.init}")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -561,8 +561,8 @@ def main(argv=None):
         if args.pretrain:
             return pretrain(model, images, val_images, history, best, optimizer, args, amp)
         share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-        share = (share / share.sum())[len(classes) == 1:].max()
-        print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
+        share = (share / share.sum())[len(classes) == 1:]
+        print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
         print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
         for epoch in range(len(history), args.epochs):
             began = time.perf_counter()

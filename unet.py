@@ -162,18 +162,18 @@ class UNet(nn.Module):
             stages, widths = stages_of(encoder, weights)
         self.encoder, self.decoder, a = nn.ModuleList(stages), nn.ModuleList(), widths[-1]
         for skip in widths[-2::-1]:
-            self.decoder.append(Up(a, skip, max(skip, 16), up))
+            self.decoder.append(Up(a, skip, max(skip, 16), up))          # the image has but 3
             a = max(skip, 16)
         ## For one class there are two habits. One channel x and a sigmoid: p = 1 / (1 + e^-x). Two
-        ## channels a, b and a softmax: p = e^b / (e^a + e^b) = 1 / (1 + e^-(b - a)). So the second
-        ## is the first with x = b - a: the same model with weights to spare.
+        ## channels u, v and a softmax: p = e^v / (e^u + e^v) = 1 / (1 + e^-(v - u)). So the second
+        ## is the first with x = v - u: the same model with weights to spare.
         self.softmax = head == "softmax" and classes == 1
         self.head = nn.Conv2d(a, 2 if self.softmax else classes, 1)
     def forward(self, x):
         x, bridges = self.normalise(x), []
         for stage in self.encoder:
             x = stage(x)
-            bridges.append(x)              # (B, 64, H, W), (B, 128, H/2, W/2), ...
+            bridges.append(x)              # (B, width, H, W), (B, 2 width, H/2, W/2), ...
         bridges.pop()                                         # the last is x itself
         for block in self.decoder:
             x = block(x, bridges.pop())
@@ -191,7 +191,7 @@ def summary(model, size, show):
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
-        if show and name.count(".") < 2:                # encoder.0 ..., encoder, ..., the whole
+        if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total
@@ -518,6 +518,8 @@ def main(argv=None):
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
     settle(args, 16 if args.encoder == "none" else 32)
+    if args.weights != "none" and args.encoder == "none":
+        fail(f"--weights {args.weights}: of which --encoder?")
     device, bf16 = pick_device(args.device)
     amp = args.amp and bf16
     print(f"unet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
@@ -535,7 +537,8 @@ def main(argv=None):
     ## 3. The model. The baseline is the best constant answer.
     losses = [LOSSES[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)
-    model = UNet(len(classes), args.width, args.up, args.encoder, args.weights, args.head)
+    model = UNet(len(classes), args.width, args.up, args.encoder,
+                 "none" if args.resume else args.weights, args.head)
     parameters, multiply_adds = summary(model, args.size, args.summary)
     print(f"model    U-Net, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
     if args.summary:
@@ -546,8 +549,8 @@ def main(argv=None):
     if args.compile:
         model.compile()
     share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-    share = (share / share.sum())[len(classes) == 1:].max()
-    print(f"baseline constant answer: mIoU {share / len(classes):.4f}")
+    share = (share / share.sum())[len(classes) == 1:]
+    print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
     try:

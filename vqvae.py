@@ -19,7 +19,7 @@ DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonne
   encoder runs away from slow codes, and the codebook collapses. Codes start from data, unused ones
   move to data. He's first weights.
 """
-import argparse, hashlib, json, math, os, shutil, signal, sys, time
+import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -204,7 +204,7 @@ def summary(model, size, show):
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
-        if show and name.count(".") < 2:                # encoder.0 ..., encoder, ..., the whole
+        if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total

@@ -333,7 +333,7 @@ def test_init_that_does_not_fit(here, refuse):
     assert "python segnet.py --pretrain" in refuse("segnet", *SMALL["segnet"], "--init", "nowhere.pt")
     state = {"script": "segnet.py", "format": segnet.FORMAT, "args": {}, "model": segnet.SegNet(3, 8, 2).state_dict()}
     torch.save(state, "wide.pt")
-    assert "another size" in refuse("segnet", *SMALL["segnet"], "--init", "wide.pt")
+    assert "another --width" in refuse("segnet", *SMALL["segnet"], "--init", "wide.pt")
     torch.save(state | {"script": "unet.py"}, "other.pt")
     assert "other.pt" in refuse("segnet", *SMALL["segnet"], "--init", "other.pt")
 
