@@ -1,0 +1,200 @@
+"""experiments.py: fair plans, nothing run twice, tables from records; the children are stubs but for
+the slow test."""
+import json, math, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, SCRIPTS, load, start
+
+if "experiments" not in SCRIPTS:
+    pytest.skip("no experiments.py", allow_module_level=True)
+e = load("experiments")
+
+def settled(*argv):
+    """The arguments as main settles them."""
+    args = e.parse_args([*map(str, argv)])
+    args.data = args.data or "toy"
+    for name, value in e.PROTOCOL[args.data].items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+    args.children, args.planned = [], []
+    return args
+
+def flag(command, name, default=None):
+    return command[command.index(name) + 1] if name in command else default
+
+@pytest.mark.parametrize("data", ("toy", "pets"))
+@pytest.mark.parametrize("name", e.GRIDS)
+def test_every_command_is_accepted(name, data, tmp_path):
+    """By the parser of the script that it starts; with the data of all experiments there."""
+    for folder in ("camvid", "drive", "puzzle"):
+        (tmp_path / folder).mkdir()
+    args = settled("--data", data, "--root", tmp_path)
+    arms = e.plan(name, args)
+    assert len(arms) >= 2 and len({a["label"] for a in arms}) == len(arms)
+    for a in arms:
+        command = e.training_of(args, a, 1, 1e-3)
+        parsed = load(command[0][:-3]).parse_args(command[1:])
+        assert parsed.seed == 1 and parsed.lr == 1e-3 and parsed.epochs == a["epochs"]
+        if a["pre"]:
+            before = e.pretraining_of(args, a, 1)
+            assert load("pretrain").parse_args(before[1:]).seed == 1 and parsed.init == f"{before[-1]}/best.pt"
+        elif a["script"] == "finetune":
+            assert parsed.init == "none"
+
+@pytest.mark.parametrize("data", ("toy", "pets"))
+def test_both_arms_take_as_many_steps(data):
+    args = settled("--data", data)
+    arms = {a["label"]: a for a in e.plan("labels", args)}
+    for frac in args.fracs:
+        one, other, longer = (arms[f"{kind}, {100 * frac:g} %"] for kind in ("pre-trained", "scratch", "scratch, as long"))
+        assert one["epochs"] == other["epochs"]
+        assert one["epochs"] * frac == pytest.approx(args.epochs, rel=0.05)
+        unlabelled, labelled = args.photos
+        assert longer["epochs"] * frac * labelled == pytest.approx(
+            args.pretrain_epochs * unlabelled + args.epochs * labelled, rel=0.05)
+        assert longer["like"] == other["label"]
+
+def test_the_control_has_as_many_photos_as_the_imbalanced_set():
+    """Of 3,310 training photos, a tenth of each breed being held back."""
+    cats, dogs, kept = 12, 25, 3
+    control = next(a for a in e.plan("imbalance", settled("--data", "pets")) if "same number" in a["label"])
+    assert float(flag(control["flags"], "--frac")) == pytest.approx((kept + dogs) / (cats + dogs), abs=0.005)
+
+def test_a_folder_belongs_to_its_flags():
+    args, other = settled(), settled("--size", 48)
+    a, b = e.plan("labels", args)[0], e.plan("labels", other)[0]
+    folder = lambda args, a, seed=0, lr=1e-3: e.training_of(args, a, seed, lr)[-1]
+    assert folder(args, a) == folder(args, a)
+    assert len({folder(args, a), folder(other, b), folder(args, a, 1), folder(args, a, 0, 2e-3)}) == 4
+
+# --- with stubs in the place of the children --------------------------------------------------------
+
+@pytest.fixture
+def stubs(here, monkeypatch):
+    """run_child and evaluate.py write made-up results -> the list of commands that ran. mIoU falls
+    with the distance of the learning rate from 1e-3 and rises with the seed."""
+    ran = []
+    def child(args, command, env):
+        ran.append(command)
+        seed, lr = int(flag(command, "--seed")), float(flag(command, "--lr", 1e-3))
+        Path(command[-1]).mkdir(parents=True)
+        value = 0.6 - abs(math.log10(lr / 1e-3)) / 10 + seed / 100 + (flag(command, "--init") != "none") / 20
+        Path(command[-1], "result.json").write_text(json.dumps({
+            "val_miou": value, "total_seconds": 60.0, "images_per_second": 9.0, "memory_gb": None,
+            "args": {"epochs": int(flag(command, "--epochs")), "frac": float(flag(command, "--frac", 1))}}))
+        return 0
+    def evaluate(command, **_):
+        folders = [word for word in map(str, command) if Path(word, "result.json").exists()]
+        blur = float(flag([*map(str, command)], "--blur"))
+        Path(flag([*map(str, command)], "--json")).write_text(json.dumps([{
+            "parameters": 7, "multiply_adds": 10**6, "device": "cpu", "torch": "2", "size": [32, 32], "data": "toy",
+            "photos": 5, "scores": {key: json.loads(Path(f, "result.json").read_text())["val_miou"] - blur / 1000
+                                    for key in ("accuracy", "miou", "dice", "D1_dice", "D1_iou")}} for f in folders]))
+    monkeypatch.setattr(e, "run_child", child)
+    monkeypatch.setattr(subprocess, "run", evaluate)
+    return ran
+
+def test_search_seeds_tables(stubs, monkeypatch, capsys):
+    e.main(["labels", "--data", "pets", "--seeds", "3"])
+    pre = [c for c in stubs if c[0] == "pretrain.py"]
+    tuned = [c for c in stubs if c[0] == "finetune.py"]
+    assert [flag(c, "--seed") for c in pre] == ["0", "1", "2"] and stubs[0] is pre[0]
+    assert len(tuned) == 4 * 2 * (3 + 2) + 4 * 3                       # a search in two arms, none in the third
+    assert {flag(c, "--lr") for c in tuned if flag(c, "--seed") != "0"} == {"0.001"}
+    records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    assert len(records) == 4 * 3 * 3 and {r["lr"] for r in records} == {1e-3}
+    out = capsys.readouterr().out
+    assert "| pre-trained, 10 % | 0.6600 ± 0.0100 |" in out and "mIoU +0.0500 ± 0.0000 against scratch" in out
+    assert "D1 .829 / .719" in out and Path("checkpoints/experiments/results.md").read_text() in out
+    page = Path("checkpoints/experiments/report.html").read_text()
+    assert page.count("<svg") == 1 and "python finetune.py" in page and "http" not in page
+    before = len(stubs)
+    e.main(["labels", "--data", "pets", "--seeds", "3"])               # nothing is run twice
+    assert len(stubs) == before
+    e.main(["labels", "pretraining", "--data", "pets", "--seeds", "3"])
+    assert {flag(c, "--frac") for c in stubs[before:]} == {"0.5", "1.0"}    # only half the photos is new
+    assert len(stubs) - before == 3 + 5
+
+def test_masks_are_screened_with_one_seed(stubs):
+    e.main(["masks", "--data", "pets", "--seeds", "3"])
+    records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    seeds = {label: len(group) for label, group in e.grouped(records, "masks").items()}
+    assert len(seeds) == 9 and sorted(seeds.values()) in ([1] * 7 + [3] * 2, [1] * 6 + [3] * 3)
+    assert max(n for label, n in seeds.items() if "0.05-0.25" in label) == 3
+
+def test_blur_scores_without_training(stubs):
+    e.main(["models", "--data", "toy", "--seeds", "1"])
+    before = len(stubs)
+    e.main(["blur", "--data", "toy", "--seeds", "1"])
+    assert len(stubs) == before
+    records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    assert len(records) == 5 * 5 and records[-1]["arm"] == "U-Net, 100 %"
+
+def test_dry_run(stubs, capsys):
+    e.main(["labels", "--data", "pets", "--seeds", "2", "--dry-run"])
+    out = capsys.readouterr().out
+    assert stubs == [] and not Path("checkpoints").exists()
+    assert out.count("python pretrain.py") == 2 and "unknown length" in out
+    e.main(["labels", "--data", "pets", "--seeds", "1"])
+    e.main(["labels", "--data", "pets", "--seeds", "2", "--dry-run"])
+    assert re.search(r"13 runs, about \d+ min", capsys.readouterr().out)
+
+def test_a_child_that_fails_is_named(stubs, monkeypatch, refuse):
+    def broken(args, command, env):
+        raise RuntimeError(f"{command[0]}: no space left")
+    monkeypatch.setattr(e, "run_child", broken)
+    assert "pretrain.py: no space left" in refuse("experiments", "labels", "--data", "toy")
+
+def test_bad_input(refuse, here):
+    assert "labels" in refuse("experiments")
+    assert "everything" in refuse("experiments", "everything")
+    assert "--seeds" in refuse("experiments", "quick", "--seeds", "0")
+    Path("r.json").write_text("[1, 2]")
+    assert "r.json" in refuse("experiments", "--table", "r.json")
+    assert "nowhere" in refuse("experiments", "--table", "nowhere.json")
+
+def test_table_of_a_file(stubs, capsys):
+    e.main(["imbalance", "--data", "toy", "--seeds", "2"])
+    capsys.readouterr()
+    e.main(["--table", "checkpoints/experiments/results.json"])
+    assert capsys.readouterr().out.strip() == Path("checkpoints/experiments/results.md").read_text().strip()
+
+# --- statistics -------------------------------------------------------------------------------------
+
+def test_a_difference_is_taken_seed_by_seed():
+    one, other = ({s: {"miou": v + d} for s, v in enumerate((0.5, 0.6, 0.7))} for d in (0.02, 0))
+    mean, std = e.paired(one, other)
+    assert mean == pytest.approx(0.02) and std == pytest.approx(0, abs=1e-12)
+    assert e.spread([0.5, 0.6, 0.7])[1] == pytest.approx(0.1)
+    assert e.cell([0.5, 0.6, 0.7]) == "0.6000 ± 0.1000" and e.cell([0.5]) == "0.5000"
+    assert e.cell([1234567]) == "1,234,567" and e.cell([None]) == "-"
+
+def test_chart_shows_every_point():
+    svg = e.chart("a", {"x & y": [(1, 0.5, 0.1), (2, 0.6, 0)], "z": [(1, 0.4, 0)]}, "labels")
+    assert svg.count("<circle") == 3 and svg.count("<polyline") == 2 and "x &amp; y" in svg
+    assert "nan" not in e.chart("one point", {"a": [(1, 0.5, 0)]}, "x")
+
+# --- real children ----------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_quick_survives_a_stop_and_a_kill(tmp_path):
+    """Interrupted and killed in the middle, it goes on without repeating what is finished."""
+    def finished():
+        return {p.parent.name: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoints/experiments/*/result.json")}
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        before = finished()
+        child = start("experiments", "quick", cwd=tmp_path)
+        while len(finished()) < len(before) + 2:
+            assert child.poll() is None
+            time.sleep(0.2)
+        child.send_signal(stop)
+        out, err = child.communicate(timeout=120)
+        assert child.returncode == (130 if stop == signal.SIGINT else -9) and "Traceback" not in err
+        assert {name: finished()[name] for name in before} == before
+    before = finished()
+    done = subprocess.run([sys.executable, str(ROOT / "experiments.py"), "quick"], cwd=tmp_path, timeout=1200)
+    assert done.returncode == 0 and {name: finished()[name] for name in before} == before
+    records = json.loads((tmp_path / "checkpoints/experiments/results.json").read_text())
+    assert {r["experiment"] for r in records} == {"labels", "pretraining", "imbalance", "blur", "masks", "models"}
