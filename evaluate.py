@@ -516,7 +516,9 @@ def main(argv=None):
         ## 3. Pictures beside the program: a few answers, and the curves of the training.
         some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
         stem = "" if path.name == "model.pt2" else f"{path.stem}-"
-        draw_overlay(path.with_name(f"{stem}overlay.png"), images[some], masks[some], hard[some])
+        blurred = f"-blur{args.blur:g}" if args.blur else ""
+        draw_overlay(path.with_name(f"{stem}overlay{blurred}.png"), images[some], masks[some],
+                     hard[some])
         log = path.with_name("log.jsonl")
         if log.exists():
             draw_curves(path.with_name("curves.png"),

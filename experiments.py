@@ -13,8 +13,8 @@ WHAT TO EXPECT  Tables beside the published numbers in checkpoints/experiments/r
   with charts in report.html. On toy data the figures mean little; the README has the real ones.
   A broken run is named with the end of its output, and its log is kept.
 """
-import argparse, base64, hashlib, html, json, math, os, shlex, signal, statistics, subprocess, sys
-import time
+import argparse, base64, hashlib, html, json, math, os, re, shlex, signal
+import statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +75,9 @@ COLUMNS = {"imbalance": ["accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
            "camvid": ["accuracy", "miou", "D7_dice", "images_per_second"],
            "retina": ["dice", "miou", "D6_dice"],
            "puzzle": ["accuracy", "precision", "recall", "f1", "miou"]}
+TITLES = {"miou": "mIoU", "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
+          "dog_miou": "dogs mIoU", "multiply_adds": "multiply-adds",
+          "images_per_second": "images/s"}
 USUAL = ["accuracy", "miou", "dice", "D1_dice", "D1_iou"]
 
 def fail(message):
@@ -313,10 +316,15 @@ def markdown(records, experiment):
     """The rows of one experiment as Markdown, with the published numbers and what they mean."""
     columns, published = COLUMNS.get(experiment, USUAL), SOURCES.get(experiment, {})
     groups = grouped(records, experiment)
-    seeds = max(len(group) for group in groups.values())
-    lines = [f"### {experiment}", "", f"{seeds} seed{'s' * (seeds > 1)}, test photos, mean ± "
-             f"standard deviation. {NOTES[experiment]}", "",
-             "| | " + " | ".join(columns) + " | published |", "|---" * (len(columns) + 2) + "|"]
+    seeds, first = max(map(len, groups.values())), next(iter(groups.values()))[0]
+    size = "x".join(map(str, first["size"]))
+    lines = [f"### {experiment}", "", f"{first['data']}, {size} pixels, {first['photos']} test "
+             f"photos, {first['device']}, torch {first['torch']}, " + (
+                 f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "one seed")
+             + ("; drawn pictures, so these are toy scores" if first["data"] == "toy" else "")
+             + f". {NOTES[experiment]}", "", "| | " + " | ".join(
+                 TITLES.get(column, column.replace("_", " ")) for column in columns)
+             + " | published |", "|---" * (len(columns) + 2) + "|"]
     for label, group in groups.items():
         values = [cell([record.get(column) for record in group.values()]) for column in columns]
         lines.append(f"| {label} | " + " | ".join(values) + f" | {published.get(label, '')} |")
@@ -324,7 +332,8 @@ def markdown(records, experiment):
              if label.startswith("pre-trained")] if experiment == "labels" else []
     for label, other in [pair for pair in pairs if pair[1] in groups]:
         mean, std = paired(groups[label], groups[other])
-        lines += ["", f"{label}: mIoU {mean:+.4f} ± {std:.4f} against scratch, seed by seed."]
+        lines += ["", f"{label}: mIoU {mean:+.4f}" + (f" ± {std:.4f}" if std else "")
+                  + " against scratch, seed by seed."]
     return "\n".join(lines) + "\n"
 
 # --- page -----------------------------------------------------------------------------------------
@@ -334,7 +343,8 @@ STYLE = """
 body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;
 border-bottom:1px solid #ddd}
-td:first-child,td:last-child{text-align:left}svg{max-width:760px;display:block;margin:1em 0}
+td:first-child,td:last-child,th:last-child{text-align:left}
+svg{max-width:760px;display:block;margin:1em 0}
 svg text{font:12px sans-serif}svg .t{font-weight:bold}.g{stroke:#eee}img{max-width:340px}
 figure{display:inline-block;margin:.5em;vertical-align:top}pre{overflow:auto;background:#f6f6f6}"""
 def chart(title, series, across):
@@ -351,7 +361,8 @@ def chart(title, series, across):
         y = low + (high - low) * i / 4
         out.append(f'<line x1="60" x2="480" y1="{Y(y):.1f}" y2="{Y(y):.1f}" class="g"/>'
                    + text(52, Y(y) + 4, f"{y:.3f}", 'text-anchor="end"'))
-    for x in sorted(set(xs)) if across else ():
+    marks = sorted(set(xs))
+    for x in [b for a, b in zip([-math.inf, *marks], marks) if X(b) - X(a) > 30 or b == left]:
         out.append(text(X(x), 270, f"{x:.3g}", 'text-anchor="middle"'))
     for (name, line), colour, row in zip(series.items(), PALETTE * 9, range(99)):
         path = " ".join(f"{X(x):.1f},{Y(mean):.1f}" for x, mean, _ in sorted(line))
@@ -363,22 +374,24 @@ def chart(title, series, across):
         out.append(f'<rect x="500" y="{40 + 20 * row}" width="10" height="10" fill="{colour}"/>'
                    + text(516, 49 + 20 * row, html.escape(name)))
     return "".join(out) + "</svg>"
+ACROSS = {"labels": "labels, per cent", "blur": "blur, per cent", "masks": "masked area, per cent",
+          "models": "multiply-adds of a photo, power of ten"}
 def charts(records, experiment):
-    """The chart of an experiment, mean IoU on the test photos, or nothing."""
+    """The chart of an experiment that has something to go across: mean IoU on the test photos."""
     series = {}
     for label, group in grouped(records, experiment).items():
         mean, std = spread([record["miou"] for record in group.values()])
         name, _, amount = label.rpartition(", ")
-        if experiment in ("labels", "blur"):
-            series.setdefault(name, []).append((float(amount.split()[0]), mean, std))
+        if experiment == "masks":
+            share = re.match(r"([\d.]+)-([\d.]+) of", label)         # or the square, 3 %
+            x = 50 * (float(share[1]) + float(share[2])) if share else 3.25
+            name = f"patches of {amount}" if share else "square"
         elif experiment == "models":
-            macs = next(iter(group.values()))["multiply_adds"]
-            series[label] = [(math.log10(macs), mean, std)]
+            name, x = label, math.log10(next(iter(group.values()))["multiply_adds"])
         else:
-            series[label] = [(len(series), mean, std)]
-    across = {"labels": "labels, per cent", "blur": "blur, per cent",
-              "models": "multiply-adds of a photo, power of ten"}.get(experiment, "")
-    return chart(f"{experiment}: mean IoU", series, across)
+            x = float(amount.split()[0])
+        series.setdefault(name, []).append((x, mean, std))
+    return chart(f"{experiment}: mean IoU", series, ACROSS[experiment])
 def page(records):
     """One self-contained page: tables, charts, predictions, the command behind each figure."""
     parts = []
@@ -392,7 +405,7 @@ def page(records):
         notes = "".join(f"<p>{html.escape(line)}</p>" for line in lines[1:]
                         if line and line[0] != "|")
         parts.append(f"<h2>{experiment}</h2><table><tr>{head}</tr>{body}</table>{notes}"
-                     + charts(records, experiment))
+                     + (charts(records, experiment) if experiment in ACROSS else ""))
         for label, group in grouped(records, experiment).items():
             record = next(iter(group.values()))
             picture = Path(record["run"], "overlay.png")

@@ -106,7 +106,7 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     assert len(records) == 4 * 3 * 3 and {r["lr"] for r in records} == {1e-3}
     out = capsys.readouterr().out
-    assert "| pre-trained, 10 % | 0.6600 ± 0.0100 |" in out and "mIoU +0.0500 ± 0.0000 against scratch" in out
+    assert "| pre-trained, 10 % | 0.6600 ± 0.0100 |" in out and "pre-trained, 10 %: mIoU +0.0500" in out
     assert "D1 .829 / .719" in out and Path("checkpoints/experiments/results.md").read_text() in out
     page = Path("checkpoints/experiments/report.html").read_text()
     assert page.count("<svg") == 1 and "python finetune.py" in page and "http" not in page

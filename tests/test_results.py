@@ -1,5 +1,5 @@
 """The figures in the README and in the docstrings are those of the committed results."""
-import json
+import json, statistics
 
 import pytest
 
@@ -39,12 +39,30 @@ def sentences():
         yield "README.md", (f"| {arm['variant']} | {arm['val_error']:.3f} | {arm['val_perplexity']:.0f} | "
                             f"{arm['val_used']}/512 |")
     yield "README.md", "| " + " | ".join(f"{arm['metrics']['miou']:.3f}" for arm in read("take")) + " |"
+    for run in read("baselines"):
+        scores, each = run["scores"], run["scores"]["classes"]
+        yield "README.md", (
+            f"| {run['name']} | {run['size'][0]} px | {run['parameters'] / 1e6:.2f} M | "
+            f"{run['multiply_adds'] / 1e9:.2f} G | {run['train_images_per_second']:.0f} | {scores['accuracy']:.3f} | "
+            f"{scores['miou']:.3f} | " + " | ".join(f"{each[c]['iou']:.3f}" for c in ("pet", "background", "border")) + " |")
+        yield run["command"].split()[1], f"pets mIoU {scores['miou']:.3f} ({run['size'][0]} px"
+    for run in read("toy_baselines"):
+        yield run["command"].split()[1], f"Toy mIoU {run['scores']['miou']:.3f} ({run['total_seconds']:.0f} s)"
+    for run in read("drive"):
+        yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
+    for name in dict.fromkeys(run["name"] for run in read("puzzle")):
+        runs = [run["scores"] for run in read("puzzle") if run["name"] == name]
+        assert len(runs) == 3
+        yield "README.md", f"| {name} | " + " | ".join(
+            f"{statistics.fmean(s[key] for s in runs):.3f} ± {statistics.stdev(s[key] for s in runs):.3f}"
+            for key in ("accuracy", "precision", "recall", "f1", "miou")) + " |"
 
 @pytest.mark.parametrize("file, text", sorted(set(sentences())))
 def test_figure_is_the_measured_one(file, text):
     assert text in (ROOT / file).read_text()
 
 def test_commands_of_the_results_are_accepted():
-    for result in (read("pretrain"), read("vqvae"), *read("take"), *read("codebook")):
+    for result in (read("pretrain"), read("vqvae"), *(run for name in (
+            "take", "codebook", "baselines", "toy_baselines", "drive", "puzzle") for run in read(name))):
         script, *argv = result["command"].split()[1:]
         load(script[:-3]).parse_args(argv)

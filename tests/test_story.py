@@ -140,6 +140,7 @@ def test_batch_size_changes_no_score(inside, tmp_path):
 def test_blur_costs_accuracy(inside, tmp_path):
     sharp, = json.loads((inside / "scores.json").read_text())
     blurred, = evaluated(tmp_path / "b.json", "--blur", 100)
+    assert Path("checkpoints/finetune/overlay-blur100.png").exists()
     assert blurred["blur"] == 100 and blurred["scores"]["miou"] < sharp["scores"]["miou"] - 0.05
 
 def test_typed_again(chain):
