@@ -1,0 +1,399 @@
+"""How fast the scripts are, beside other ways to do the same. Never part of the test run.
+
+python tests/bench.py                     everything that this machine can run
+python tests/bench.py limit quantiser     some of it
+python tests/bench.py pipeline --root data
+
+Every row is a ratio of two ways measured in turn, A B A B ..., on this machine in this minute: the
+median over --repeats, with the smallest and the largest. pip install -r tests/requirements-bench.txt
+adds the other libraries; without them their rows are left out, and said so.
+"""
+import argparse, copy, importlib.util, statistics, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = "limit pipeline source quantiser peers scores start growth".split()
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+def clock(run, device):
+    """Seconds of one call, all of its kernels done."""
+    sync(device)
+    began = time.perf_counter()
+    run()
+    sync(device)
+    return time.perf_counter() - began
+
+def compare(title, ours, theirs, amount, unit, args, goal):
+    """One row: amount per second of both in turn, and the ratio pair by pair."""
+    ours(), theirs()                                    # warm-up
+    a, b = zip(*((amount / clock(ours, args.device), amount / clock(theirs, args.device))
+                 for _ in range(args.repeats)))
+    ratios = sorted(x / y for x, y in zip(a, b))
+    print(f"{title:46}{statistics.median(a):10,.1f}{statistics.median(b):10,.1f} {unit:9}"
+          f"{statistics.median(ratios):7.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})   {goal}", flush=True)
+
+def step_of(model, loss, lr=1e-3, amp=False):
+    """A plain training step of model on one batch: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    def step(x, *more):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            output = model(x)
+        optimizer.zero_grad(set_to_none=True)
+        loss(output, x, *more).backward()
+        optimizer.step()
+    return step
+
+def toy_photos(m, n, size, device):
+    images, masks, _ = m.draw_toy(n, [size, size], 0)
+    return images.to(device), masks.to(device)
+
+# --- limit: our loop against a bare loop on one batch -------------------------------------------------
+
+def limit(args):
+    print("limit: images a second of a whole epoch, and of the same network on one resident batch")
+    batch, n = (128, 4096) if args.device.type == "cuda" else (32, 512)
+    for name, size, build in (
+            ("vqvae", 64, lambda m: m.VQVAE(3, 128, 32, 2, 2)), ("pretrain", 64, lambda m: m.VQVAE(3, 128, 32, 2, 2)),
+            ("finetune", 64, lambda m: m.VQVAE(3, 128, 32, 2, 2)), ("unet", 64, lambda m: m.UNet(3, 16)),
+            ("linknet", 64, lambda m: m.LinkNet(3, "resnet18")), ("segnet", 64, lambda m: m.SegNet(3, 16, 4))):
+        m = load(name)
+        torch.manual_seed(0)
+        images, masks = toy_photos(m, n, size, args.device)
+        flags = m.parse_args(["--batch-size", str(batch), "--epochs", "1000", "--lr", "1e-3", "--size", str(size)])
+        for key in ("mask", "distort"):
+            if hasattr(flags, key) and isinstance(getattr(flags, key), str):
+                setattr(flags, key, [0.5, 0.75])
+        amp, nets = m.pick_device(str(args.device))[1], []
+        for _ in range(2):
+            net = build(m).to(args.device, memory_format=torch.channels_last)
+            nets.append((net, torch.optim.AdamW(net.parameters(), lr=1e-3)))
+        (net, optimizer), (bare, bare_optimizer) = nets
+        variance, index = (images.float() / 255).var().item(), torch.arange(n)
+        if name == "vqvae":
+            ours = lambda: m.reconstruct_epoch(net, images, variance, optimizer, flags, 0, amp)
+        elif name == "pretrain":
+            ours = lambda: m.pretrain_epoch(net, images, index, variance, optimizer, flags, 0, amp)
+        elif name == "finetune":
+            losses = [m.bce, m.dice_loss]
+            ours = lambda: m.finetune_epoch(net, images, masks, losses, optimizer, flags, 0, amp)
+        else:
+            losses = [m.bce, m.dice_loss]
+            ours = lambda: m.train_epoch(net, images, masks, losses, optimizer, m.lr_at, flags, 0, amp)
+        x, y = m.to_float(images[:batch]), masks[:batch]
+        def theirs():
+            bare.train()
+            for _ in range(n // batch):
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=amp):
+                    output = bare(x)
+                if name in ("vqvae", "pretrain"):
+                    loss = (output[0].float() - x).square().mean() / variance + 0.25 * output[1]
+                elif name == "finetune":
+                    loss = m.segmentation_loss(output[0], y, losses) + 0.25 * output[1]
+                else:
+                    loss = m.segmentation_loss(output, y, losses)
+                bare_optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                bare_optimizer.step()
+        compare(f"  {name}, {size} px, batch {batch}", ours, theirs, n, "images/s", args, "goal 0.95")
+
+# --- pipeline: against the usual data set, transforms and loader --------------------------------------
+
+class Photos(torch.utils.data.Dataset):
+    """The usual way: open, resize and flip a photo and its mask with PIL whenever they are asked for."""
+    def __init__(self, pairs, size):
+        self.pairs, self.size = pairs, size
+    def __len__(self):
+        return len(self.pairs)
+    def __getitem__(self, i):
+        from torchvision.transforms import functional as T
+        photo, mask = (Image.open(file) for file in self.pairs[i])
+        photo, mask = photo.convert("RGB").resize((self.size,) * 2, 2), mask.resize((self.size,) * 2, 0)
+        if torch.rand(()) < 0.5:
+            photo, mask = T.hflip(photo), T.hflip(mask)
+        contrast = 0.6 + 0.8 * torch.rand(()).item()
+        return T.adjust_contrast(T.to_tensor(photo), contrast), torch.from_numpy(np.array(mask)) - 1
+
+def pipeline(args):
+    m, size, batch = load("finetune"), 64, 32
+    if not Path(args.root, "oxford-iiit-pet").is_dir():
+        return print("pipeline: left out, no oxford-iiit-pet under --root")
+    pairs = m.pet_files(args.root, "train")[0] + m.pet_files(args.root, "val")[0]
+    print(f"pipeline: one epoch of the small VQ-VAE on {len(pairs)} pet photos, {size} px, ours against a DataLoader "
+          "with two workers, float32, default layout")
+    loader = torch.utils.data.DataLoader(Photos(pairs, size), batch, shuffle=True, num_workers=2, drop_last=True)
+    losses, amp = [m.bce, m.dice_loss], m.pick_device(str(args.device))[1]
+    flags = m.parse_args(["--batch-size", str(batch), "--epochs", "1000", "--lr", "1e-3"])
+    torch.manual_seed(0)
+    theirs_net = m.VQVAE(3, 128, 32, 2, 2).to(args.device)
+    net = copy.deepcopy(theirs_net).to(memory_format=torch.channels_last)
+    optimizer, other = (torch.optim.AdamW(n.parameters(), lr=1e-3) for n in (net, theirs_net))
+    began = time.perf_counter()
+    both = torch.from_numpy(np.stack([m.read_pair(pair, (size, size)) for pair in pairs]))
+    decoding = time.perf_counter() - began
+    images, masks = both[:, :3].to(args.device), both[:, 3].to(args.device) - 1
+    def theirs():
+        theirs_net.train()
+        for x, y in loader:
+            x, y = x.to(args.device), y.to(args.device)
+            logits, commitment, _ = theirs_net(x)
+            loss = m.segmentation_loss(logits, y, losses) + 0.25 * commitment
+            other.zero_grad()
+            loss.backward()
+            other.step()
+            loss.item()
+    compare("  an epoch, decoded before", lambda: m.finetune_epoch(
+        net, images, masks, losses, optimizer, flags, 0, amp), theirs, len(pairs), "images/s", args, "goal 3 (5 with decoding)")
+    print(f"  decoding once, one thread: {decoding:.1f} s")
+
+# --- source: the same network as its authors trained it -----------------------------------------------
+
+class OneHot(nn.Module):
+    """The quantiser as the ports write it: all distances, a one-hot matrix, Laplace-smoothed averages."""
+    def __init__(self, K, D):
+        super().__init__()
+        self.register_buffer("codes", torch.randn(K, D))
+        self.register_buffer("counts", torch.zeros(K))
+        self.register_buffer("sums", torch.randn(K, D))
+    def forward(self, z, keep=None):
+        B, D, H, W = z.shape
+        flat = z.permute(0, 2, 3, 1).reshape(-1, D)
+        distance = flat.square().sum(1, True) + self.codes.square().sum(1) - 2 * flat @ self.codes.T
+        ids = distance.argmin(1)
+        hot = F.one_hot(ids, len(self.codes)).float()
+        if self.training:
+            with torch.no_grad():
+                self.counts.mul_(0.99).add_(hot.sum(0), alpha=0.01)
+                self.sums.mul_(0.99).add_(hot.T @ flat, alpha=0.01)
+                n = self.counts.sum()
+                self.codes.copy_(self.sums / ((self.counts + 1e-5) / (n + len(self.codes) * 1e-5) * n)[:, None])
+        q = hot @ self.codes
+        commitment = F.mse_loss(q.detach(), flat)
+        q = flat + (q - flat).detach()
+        return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
+
+def source(args):
+    print("source: the VQ-VAE at 120 px, batch 64, ours against float32, default layout, one-hot statistics")
+    m, batch = load("vqvae"), 64
+    amp = m.pick_device(str(args.device))[1]
+    for widths in ((256, 256, 4, 2), (128, 32, 2, 2)):
+        torch.manual_seed(0)
+        theirs_net = m.VQVAE(3, *widths).to(args.device).train()
+        theirs_net.quantiser = OneHot(512, 64).to(args.device)
+        ours_net = m.VQVAE(3, *widths).to(args.device, memory_format=torch.channels_last).train()
+        x = torch.rand(batch, 3, 120, 120, device=args.device)
+        loss = lambda output, x: (output[0].float() - x).square().mean() + 0.25 * output[1]
+        ours, theirs = step_of(ours_net, loss, amp=amp), step_of(theirs_net, loss)
+        fast = x.contiguous(memory_format=torch.channels_last)
+        compare(f"  widths {widths[0]} / {widths[1]} / {widths[2]}", lambda: ours(fast), lambda: theirs(x), batch,
+                "images/s", args, "goal 4 on a CPU with AVX512-BF16")
+
+# --- quantiser: time and memory -----------------------------------------------------------------------
+
+def quantiser_of(name):
+    m = load("vqvae")
+    if name == "ours":
+        return m.Quantiser(512, 64)
+    if name == "one-hot":
+        return OneHot(512, 64)
+    from vector_quantize_pytorch import VectorQuantize
+    return VectorQuantize(dim=64, codebook_size=512, decay=0.9, commitment_weight=0.25, rotation_trick=False,
+                          accept_image_fmap=True)
+
+def quantise(name, device):
+    """A step of one quantiser on 65,536 vectors, ready to be called."""
+    torch.manual_seed(0)
+    layer = quantiser_of(name).to(device).train()
+    z = torch.randn(64, 64, 32, 32, device=device).requires_grad_()
+    def step():
+        q, *rest = layer(z)
+        loss = rest[0] if name != "library" else rest[1]
+        (q.square().mean() + 0.25 * loss.sum()).backward()
+    return step
+
+def quantiser(args):
+    print("quantiser: forward and backward of 65,536 vectors, 512 codes of 64 numbers")
+    ours = quantise("ours", args.device)
+    for name in ("one-hot", "library"):
+        try:
+            theirs = quantise(name, args.device)
+        except ImportError:
+            print("  left out: vector-quantize-pytorch is not installed")
+            continue
+        compare(f"  ours against {name}", ours, theirs, 65536, "vectors/s", args, "goal 2" if name == "one-hot" else "goal 1")
+    for name in ("ours", "one-hot", "library"):
+        if args.device.type == "cuda":
+            try:
+                step = quantise(name, args.device)
+            except ImportError:
+                continue
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        else:
+            peak = child(f"b.quantise({name!r}, torch.device('cpu'))", "step()")
+        print(f"  peak memory, {name:10}" + ("left out" if peak is None else f"{peak:10.0f} MiB"))
+    m = load("vqvae")
+    layer, z = m.Quantiser(512, 64).train(), torch.randn(8, 64, 32, 32)
+    layer(z)
+    layer.eval()
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 64)
+    exact = torch.cdist(flat.double(), layer.codes.double()).argmin(1)
+    print(f"  same codes as exact distances: {(layer(z)[2].flatten() == exact).float().mean().item():.6f} of the vectors")
+
+## Peak memory of a process in MiB, as Linux counts it.
+PEAK = "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
+
+def child(prepare, run):
+    """MiB by which `run` raises the peak memory of a fresh process above that of `prepare`, or None."""
+    code = PEAK + ("import sys, torch; sys.path.insert(0, sys.argv[1]); import bench as b; torch.set_num_threads(2);"
+                   f"step = {prepare}; before = peak(); {run}; print(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tests")], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
+
+# --- peers: segmentation-models-pytorch ---------------------------------------------------------------
+
+def peers(args):
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError:
+        return print("peers: left out, segmentation-models-pytorch is not installed")
+    link, unet, size = load("linknet"), load("unet"), 128
+    batch = 64 if args.device.type == "cuda" else 16
+    amp = link.pick_device(str(args.device))[1]
+    print(f"peers: training step and inference at {size} px, batch {batch}, with the same encoder")
+    for title, ours_net, theirs_net in (
+            ("LinkNet-34", link.LinkNet(3), smp.Linknet("resnet34", encoder_weights=None, classes=3)),
+            ("U-Net on ResNet-34", unet.UNet(3, encoder="resnet34", up="bilinear"),
+             smp.Unet("resnet34", encoder_weights=None, classes=3))):
+        y = torch.randint(3, (batch, size, size), device=args.device).byte()
+        x = torch.rand(batch, 3, size, size, device=args.device)
+        fast = x.contiguous(memory_format=torch.channels_last)
+        loss = lambda output, x, y: link.segmentation_loss(output, y, [link.bce, link.dice_loss])
+        for setting, layout, low, inputs in (("same setting", torch.contiguous_format, False, x),
+                                             ("each at its best", torch.channels_last, amp, fast)):
+            nets = [copy.deepcopy(net).to(args.device, memory_format=layout) for net in (ours_net, theirs_net)]
+            steps = [step_of(net.train(), loss, amp=low) for net in nets]
+            compare(f"  {title}, training, {setting}", lambda: steps[0](inputs, y), lambda: steps[1](inputs, y), batch,
+                    "images/s", args, "goal 1")
+            def look(net):
+                with torch.inference_mode(), torch.autocast(args.device.type, torch.bfloat16, enabled=low):
+                    net.eval()(inputs)
+            compare(f"  {title}, inference, {setting}", lambda: look(nets[0]), lambda: look(nets[1]), batch,
+                    "images/s", args, "goal 1")
+
+# --- scores: against torchmetrics ---------------------------------------------------------------------
+
+def scores(args):
+    try:
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
+    except ImportError:
+        return print("scores: left out, torchmetrics is not installed")
+    m, n = load("finetune"), 3669
+    print(f"scores: accuracy, IoU and Dice of {n} masks at 128 px, against torchmetrics")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 3, 128, 128, generator=g).to(args.device)
+    masks = torch.randint(3, (64, 128, 128), generator=g).byte().to(args.device)
+    kinds = [kind(num_classes=3, average=average, validate_args=False).to(args.device) for kind, average in (
+        (MulticlassAccuracy, "micro"), (MulticlassJaccardIndex, "none"), (MulticlassF1Score, "none"))]
+    def ours():
+        return m.scores(sum(m.confusion(logits, masks) for _ in range(n // 64)).cpu(), 3)
+    def theirs():
+        for kind in kinds:
+            kind.reset()
+        for _ in range(n // 64):
+            for kind in kinds:
+                kind.update(logits, masks)
+        return [kind.compute() for kind in kinds]
+    compare("  confusion matrix", ours, theirs, n // 64 * 64, "masks/s", args, "goal 5")
+
+# --- start: until the first batch -----------------------------------------------------------------------
+
+START = """
+import time; began = time.perf_counter()
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("finetune", sys.argv[1]); m = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m); imported = time.perf_counter() - began
+images, masks, *_ = m.load_split("pets", sys.argv[2], "train", [128, 128], None)
+m.load_split("pets", sys.argv[2], "val", [128, 128], None); m.augment(images[:32], masks[:32])
+print(imported, time.perf_counter() - began)
+"""
+
+def start(args):
+    if not Path(args.root, "oxford-iiit-pet").is_dir():
+        return print("start: left out, no oxford-iiit-pet under --root")
+    print("start: seconds of finetune.py until its first batch of pets at 128 px")
+    with tempfile.TemporaryDirectory() as folder:
+        for title, repeats in (("nothing cached", 1), ("cached", args.repeats)):
+            times = []
+            for _ in range(repeats):
+                done = subprocess.run([sys.executable, "-c", START, str(ROOT / "finetune.py"), str(Path(args.root).resolve())],
+                                      cwd=folder, capture_output=True, text=True, check=True)
+                times.append([float(word) for word in done.stdout.split()[-2:]])
+            imported, total = (statistics.median(column) for column in zip(*times))
+            print(f"  {title:20} import {imported:5.1f} s   first batch {total:5.1f} s" + ("   goal 3" if title == "cached" else ""))
+
+# --- growth: time and memory as the set grows -----------------------------------------------------------
+
+GROWTH = PEAK + """
+import importlib.util, sys, time
+import numpy as np, torch
+spec = importlib.util.spec_from_file_location("pretrain", sys.argv[1]); m = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m)
+images = torch.from_numpy(np.load(sys.argv[2], mmap_mode="c"))
+args = m.parse_args(["--size", "32", "--batch-size", "64", "--epochs", "1000", "--lr", "1e-3", "--mask", "0.5-0.75"])
+net = m.VQVAE(3, 16, 8, 1, 2); optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+index = torch.randperm(len(images))[:int(sys.argv[3])]
+began = time.perf_counter(); m.pretrain_epoch(net, images, index, 0.06, optimizer, args, 0, False)
+print(len(index) / (time.perf_counter() - began), peak())
+"""
+
+def growth(args):
+    print("growth: pre-training from a memory-mapped file of drawn photos at 32 px, a small network, 4,096 of them a time")
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1_000, 4_000, 16_000, 64_000, 1_000_000):
+            path = Path(folder, "photos.npy")
+            array = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, 32, 32))
+            some = load("pretrain").draw_toy(256, [32, 32], 0)[0].numpy()
+            for i in range(0, n, 256):
+                array[i:i + 256] = some[:n - i]
+            array.flush()
+            del array
+            done = subprocess.run([sys.executable, "-c", GROWTH, str(ROOT / "pretrain.py"), str(path), "4096"],
+                                  capture_output=True, text=True, check=True)
+            speed, memory = (float(word) for word in done.stdout.split()[-2:])
+            print(f"  {n:>9,} photos, {path.stat().st_size / 2**20:7,.0f} MiB on disk: {speed:8,.0f} images/s, "
+                  f"peak memory {memory:6,.0f} MiB", flush=True)
+            path.unlink()
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", default=[], help=", ".join(NAMES))
+    p.add_argument("--root", default="data")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--device", default="auto")
+    args = p.parse_args()
+    args.device = load("finetune").pick_device(args.device)[0]
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}  {args.device}  {name}  medians of {args.repeats}\n"
+          f"{'':46}{'ours':>10}{'theirs':>10} {'':9}{'ratio':>7}")
+    for name in args.names or NAMES:
+        globals()[name](args)
+if __name__ == "__main__":
+    main()
