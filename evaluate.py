@@ -397,10 +397,12 @@ def save(path, write):
 
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # pet, ground, border
-def draw_overlay(path, images, masks, hard):
-    """Photo, truth over it and prediction over it for N photos, a row each; wrong pixels in red."""
+def draw_overlay(path, images, masks, hard, binary):
+    """Photo, truth over it and prediction over it for N photos, a row each, what is looked for in
+    orange (label 0, or 1 if there is only one class); wrong pixels in red."""
     photo = images.movedim(1, -1).float()                                    # (N, H, W, 3)
-    over = [(photo + COLOURS[m.long()]) / 2 for m in (masks, hard)]
+    over = [(photo + COLOURS[torch.where(m < 2, m ^ int(binary), m).long()]) / 2
+            for m in (masks, hard)]
     wrong = ((hard != masks) & (masks != IGNORE))[..., None]
     last = torch.where(wrong, torch.tensor([255.0, 0, 0]), photo)
     rows = torch.cat([photo, *over, last], 2).flatten(0, 1).byte().numpy()   # (N H, 4 W, 3)
@@ -518,7 +520,7 @@ def main(argv=None):
         stem = "" if path.name == "model.pt2" else f"{path.stem}-"
         blurred = f"-blur{args.blur:g}" if args.blur else ""
         draw_overlay(path.with_name(f"{stem}overlay{blurred}.png"), images[some], masks[some],
-                     hard[some])
+                     hard[some], C == 1)
         log = path.with_name("log.jsonl")
         if log.exists():
             draw_curves(path.with_name("curves.png"),

@@ -592,8 +592,8 @@ def main(argv=None):
               "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     logits = model(to_float(val_images[:8].to(device)))
-    hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] > 0
-    draw_samples(out / "samples.png", val_images[:8], val_masks[:8], hard)
+    hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
+    draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
 if __name__ == "__main__":
