@@ -138,7 +138,6 @@ def backbone(name, weights):
         fail(f"--weights {weights}: not for {name} ({str(error)[:150]}); fetch {ready.url} by hand "
              "and give --weights FILE, or train from scratch with --weights none")
     return model
-
 class LinkNet(nn.Module):
     """x (B, 3, H, W) in [0, 1], H and W multiples of 32 -> logits (B, classes, H, W)."""
     def __init__(self, classes, encoder="resnet34", weights="none", up="transpose"):
@@ -540,6 +539,8 @@ def main(argv=None):
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
+    if min(args.batch_size, len(images)) * math.prod(args.size) <= 32 ** 2:
+        fail("--batch-size: batch normalisation needs two values; take a larger batch or size")
     ## 3. The model. The baseline is the best constant answer.
     weighted = partial(weighted_ce, weights=rarity(masks, len(classes)))
     losses = [(LOSSES | {"wce": weighted})[name] for name in args.loss.split("+")]

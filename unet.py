@@ -517,7 +517,8 @@ def main(argv=None):
     ## 1. The settings hang on the data.
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
-    settle(args, 16 if args.encoder == "none" else 32)
+    multiple = 16 if args.encoder == "none" else 32       # so much smaller get the maps
+    settle(args, multiple)
     if args.weights != "none" and args.encoder == "none":
         fail(f"--weights {args.weights}: of which --encoder?")
     device, bf16 = pick_device(args.device)
@@ -534,6 +535,8 @@ def main(argv=None):
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
+    if min(args.batch_size, len(images)) * math.prod(args.size) <= multiple ** 2:
+        fail("--batch-size: batch normalisation needs two values; take a larger batch or size")
     ## 3. The model. The baseline is the best constant answer.
     losses = [LOSSES[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)

@@ -396,3 +396,11 @@ def test_bad_input(name, here, refuse):
     Image.new("RGB", (48, 40)).save(folder / "masks/003.png")
     line = refuse(name, *flags)
     assert "003" in line and "RGB" in line
+
+@pytest.mark.parametrize("name", ("linknet", "unet"))
+def test_one_photo_at_the_smallest_size(name, here, refuse):
+    """Its deepest map is one value a channel, of which there is no variance; SegNet's is 2 x 2."""
+    for flags in (["--batch-size", "1"], ["--data", str(write_folder(here / "photos", 3))]):
+        line = refuse(name, *SMALL[name], *flags, "--epochs", "1")
+        assert "--batch-size" in line and "batch normalisation" in line
+    segnet.main(["--width", "4", "--stages", "3", "--size", "8", "--data", str(here / "photos"), "--epochs", "1"])
