@@ -141,9 +141,11 @@ def plan(name, args):
     def scratch(label, frac=1.0):
         return tuned(label, args, frac, None, ("--init", "none"))
     if name == "labels":
-        return [make(frac) for frac in args.fracs for make in (
-            lambda frac: tuned(f"pre-trained, {100 * frac:g} %", args, frac),
-            lambda frac: scratch(f"scratch, {100 * frac:g} %", frac), longer)]
+        arms = []
+        for frac in args.fracs:
+            arms += [tuned(f"pre-trained, {100 * frac:g} %", args, frac),
+                     scratch(f"scratch, {100 * frac:g} %", frac), longer(frac)]
+        return arms
     if name == "pretraining":
         return [tuned("all", args), tuned("half", args, pre=(*MASK, "--frac", "0.5")),
                 scratch("none"), longer(1.0) | {"label": "none, as long", "like": "none"}]
@@ -164,11 +166,12 @@ def plan(name, args):
     if name in ("models", "blur"):
         small = ("--encoder", "resnet18") if args.data == "toy" else ()
         link = ("--weights", "none", *small)
-        arms = [tuned("VQ-VAE, pre-trained", args), scratch("VQ-VAE, scratch"),
-                *(arm(label, script, *flags, epochs=args.epochs) for label, script, flags in (
-                    ("LinkNet", "linknet", link), ("SegNet", "segnet", ()), ("U-Net", "unet", ()),
-                    ("LinkNet, sub-pixel", "linknet", (*link, "--up", "subpixel")),
-                    ("U-Net, bilinear", "unet", ("--up", "bilinear"))))]
+        others = (("LinkNet", "linknet", link), ("SegNet", "segnet", ()), ("U-Net", "unet", ()),
+                  ("LinkNet, sub-pixel", "linknet", (*link, "--up", "subpixel")),
+                  ("U-Net, bilinear", "unet", ("--up", "bilinear")))
+        arms = [tuned("VQ-VAE, pre-trained", args), scratch("VQ-VAE, scratch")] + [
+            arm(label, script, *flags, "--batch-size", 32, epochs=args.epochs)
+            for label, script, flags in others]
         return arms if name == "models" else arms[:5]
     folder = Path(args.root, {"retina": "drive"}.get(name, name))
     if not folder.is_dir():
