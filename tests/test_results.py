@@ -48,6 +48,9 @@ def sentences():
         yield run["command"].split()[1], f"pets mIoU {scores['miou']:.3f} ({run['size'][0]} px"
     for run in read("toy_baselines"):
         yield run["command"].split()[1], f"Toy mIoU {run['scores']['miou']:.3f} ({run['total_seconds']:.0f} s)"
+    four, five = (run["scores"]["miou"] for run in read("segnet_stages"))
+    yield "README.md", f"reach a mean IoU of {five:.3f} in the epochs in which four reach {four:.3f}"
+    yield "segnet.py", f"with --stages 5 mIoU {five:.3f}"
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
