@@ -51,6 +51,8 @@ def sentences():
     four, five = (run["scores"]["miou"] for run in read("segnet_stages"))
     yield "README.md", f"reach a mean IoU of {five:.3f} in the epochs in which four reach {four:.3f}"
     yield "segnet.py", f"with --stages 5 mIoU {five:.3f}"
+    yield "README.md", "training takes " + " and ".join(
+        f"{run['peak_gb']:.1f} GB ({run['name']})" for run in read("memory"))
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
@@ -66,6 +68,6 @@ def test_figure_is_the_measured_one(file, text):
 
 def test_commands_of_the_results_are_accepted():
     for result in (read("pretrain"), read("vqvae"), *(run for name in (
-            "take", "codebook", "baselines", "toy_baselines", "drive", "puzzle") for run in read(name))):
+            "take", "codebook", "memory", "baselines", "toy_baselines", "drive", "puzzle") for run in read(name))):
         script, *argv = result["command"].split()[1:]
         load(script[:-3]).parse_args(argv)
