@@ -253,7 +253,7 @@ def run_all(args, commands):
                 print(f"{i + 1:>4}/{len(todo):<4}{time.monotonic() - began:7.0f} s  "
                       f"{shlex.join(command)}", flush=True)
         except (KeyboardInterrupt, RuntimeError):
-            for future, child in zip(waiting, args.children):
+            for future in waiting:
                 future.cancel()
             for child in args.children:
                 child.terminate()                      # what has ended does not mind
@@ -282,14 +282,12 @@ def run_stage(args, arms, seeds):
         for a in group:
             if follows:
                 a["lr"] = next(b["lr"] for b in arms if b["label"] == a["like"])
-        runs = [(a, seed, lr) for a, seed in pairs if a in group
+        runs = [(a, seed, lr) for a, seed in pairs if bool(a["like"]) == follows
                 for lr in ([a["lr"]] if "lr" in a else a["lrs"] or args.lrs)]
         results = run_all(args, [training_of(args, *run) for run in runs])
-        for a in group:
-            found = [(result.get("val_miou", 0), lr) for (b, _, lr), result in zip(runs, results)
-                     if b is a]
-            if "lr" not in a:
-                a["val"], a["lr"] = max(found)
+        for a in [a for a in group if "lr" not in a]:
+            a["val"], a["lr"] = max((result.get("val_miou", 0), lr) for (b, _, lr), result in
+                                    zip(runs, results) if b is a)
 
 # --- tables ---------------------------------------------------------------------------------------
 

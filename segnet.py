@@ -442,7 +442,7 @@ def load_split(data, root, part, size, ignore):
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
     return images, table[masks.int()], breeds, PETS if data == "pets" else names
 def load_unlabelled(data, root, part, size, ignore):
-    """load_split without labels: the photos of a set, or all JPEGs under a plain folder."""
+    """load_split without labels: the photos of a set, or all pictures under a plain folder."""
     if data in ("toy", "pets") or any(Path(data).rglob("masks")):
         images = load_split(data, root, part, size, ignore)[0]
     else:

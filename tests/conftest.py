@@ -69,6 +69,17 @@ def rows(folder):
 def checkpoint(path):
     return torch.load(path, weights_only=True)
 
+def interrupt(monkeypatch, at):
+    """KeyboardInterrupt in the optimiser's step number `at` -> the counter of steps."""
+    step, count = torch.optim.AdamW.step, [0]
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == at:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return count
+
 @pytest.fixture(autouse=True)
 def signals():
     """The scripts change what SIGTERM does; every test begins as a fresh process would."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import models
 
-from conftest import BASELINES, SMALL, checkpoint, load, rows, write_folder
+from conftest import BASELINES, SMALL, checkpoint, interrupt, load, rows, write_folder
 
 if BASELINES != ["linknet", "segnet", "unet"]:
     pytest.skip("the baselines are not all there", allow_module_level=True)
@@ -314,14 +314,8 @@ def test_pretraining_resumes_to_the_bit(here, monkeypatch, capsys):
     folder = write_folder(here / "photos", 20)
     argv = ["--data", str(folder / "images"), *SMALL["segnet"], "--pretrain", "--epochs", "4", "--batch-size", "4"]
     segnet.main([*argv, "--out", "straight"])
-    step, count = torch.optim.AdamW.step, [0]
-    def counted(self, *args, **kwargs):
-        count[0] += 1
-        if count[0] == 11:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", counted)
+        interrupt(patch, 11)
         with pytest.raises(SystemExit) as stop:
             segnet.main([*argv, "--out", "stopped"])
     assert stop.value.code == 130 and len(rows("stopped")) == 2

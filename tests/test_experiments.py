@@ -147,6 +147,22 @@ def test_a_child_that_fails_is_named(stubs, monkeypatch, refuse):
     monkeypatch.setattr(e, "run_child", broken)
     assert "pretrain.py: no space left" in refuse("experiments", "labels", "--data", "toy")
 
+def test_a_stop_starts_nothing_more(stubs, monkeypatch, capsys):
+    started = []
+    def stopped(args, command, env):
+        started.append(command)
+        time.sleep(0.2)
+        return 130
+    monkeypatch.setattr(e, "run_child", stopped)
+    with pytest.raises(SystemExit) as stop:
+        e.main(["labels", "--data", "pets", "--seeds", "1"])
+    waiting = settled("--data", "pets")
+    commands = [e.pretraining_of(waiting, a, seed) for a in e.plan("masks", waiting) for seed in (0, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        e.run_all(waiting, commands)
+    assert stop.value.code == 130 and "goes on" in capsys.readouterr().out
+    assert len(started) <= 1 + 2 < len(commands)      # one each, and one that the worker had taken already
+
 def test_bad_input(refuse, here):
     assert "labels" in refuse("experiments")
     assert "everything" in refuse("experiments", "everything")

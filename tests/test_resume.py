@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SEGMENTERS, SMALL, TRAINING, checkpoint, load, rows, start, write_folder
+from conftest import SEGMENTERS, SMALL, TRAINING, checkpoint, interrupt, load, rows, start, write_folder
 
 each = pytest.mark.parametrize("name", TRAINING)
 few = pytest.mark.parametrize("name", [name for name in TRAINING if name != "linknet"])      # it is large
@@ -25,17 +25,6 @@ def timeless(folder):
 
 def same_weights(a, b):
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-def interrupt(monkeypatch, at):
-    """KeyboardInterrupt in the optimiser's step number `at` -> the counter of steps."""
-    step, count = torch.optim.AdamW.step, [0]
-    def counted(self, *args, **kwargs):
-        count[0] += 1
-        if count[0] == at:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    return count
 
 @each
 def test_resumed_equals_uninterrupted(name, argv, monkeypatch, capsys):
