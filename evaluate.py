@@ -14,7 +14,7 @@ WHAT TO EXPECT  CPU, torch 2.15, seed 0. Pets at 128 px: accuracy 0.881, mIoU 0.
   accuracy 0.849, mIoU 0.632.
   A broken run stands level with a baseline: all background is right on over half the pixels.
 """
-import argparse, hashlib, io, json, os, re, sys, time, zipfile
+import argparse, hashlib, io, json, math, os, re, sys, time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.export.passes import move_to_device_pass
 from torch.utils.flop_counter import FlopCounterMode
-
 # --- knobs ----------------------------------------------------------------------------------------
-
 SPLIT_SEED = 0                   # of splits and subsets, which --seed does not move
 CACHE = Path("data/cache")       # decoded photos; delete it whenever you like
 PETS = ["pet", "background", "border"]
@@ -73,9 +71,7 @@ def parse_args(argv=None):
     add("--as-published", action="store_true", help="also the definitions behind published numbers")
     add("--json", help="write the scores to this file too, a list with an object for each run")
     return p.parse_args(argv)
-
 # --- programs -------------------------------------------------------------------------------------
-
 ## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it: pickles
 ## in it run code, size expressions are evaluated, operators are looked up anywhere in torch,
 ## libraries are loaded. So each such place is looked at first; what is odd is refused.
@@ -166,9 +162,7 @@ def open_program(path, device):
     meta["cost"] = {"parameters": sum(weight.numel() for weight in program.parameters()),
                     "multiply_adds": counter.get_total_flops() // 2}        # of one photo
     return segment, meta
-
 # --- scores ---------------------------------------------------------------------------------------
-
 def image_counts(hard, masks, C):
     """(B, H, W) predicted and true labels -> (B, C, C) int64, pixels by truth (down) and prediction
     (across) of each image; pixels of the label IGNORE are in none."""
@@ -245,8 +239,8 @@ def published_scores(counts, soft, names):
     each = dice.sum(1) / present.sum(1).clamp(min=1)
     out["D7_dice"] = torch.stack([part.mean() for part in each.split(8)]).mean().item()
     return out
-def pick_device(name):
-    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+def pick_device(name, amp):
+    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name if name != "auto" else
@@ -254,16 +248,14 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
-        return device, torch.cuda.get_device_capability(device)[0] >= 8
+        return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, device.type == "cpu" and fast
+    return device, amp and device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
-
 # --- labelled data --------------------------------------------------------------------------------
-
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -339,24 +331,21 @@ def read_pair(pair, size):
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
             return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        raise ValueError(f"{pair[0]}: {error}") from error
+        raise OSError(f"{pair[0]}: {error}") from error
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
-    try:
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
-        key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
-        cache, began = CACHE / f"{key}.npy", time.perf_counter()
-        if cache.exists() and cache.stat().st_size == 128 + 4 * len(pairs) * size[0] * size[1]:
-            return torch.from_numpy(np.load(cache, mmap_mode="c"))
-        array = np.empty((len(pairs), 4, *size), np.uint8)
-        with ThreadPoolExecutor() as pool:
-            for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
-                array[i] = pixels
-                progress(f" decoding {i}/{len(pairs)}")
-    except (OSError, ValueError) as error:             # a file is missing or broken
-        fail(error)
-    save(cache, lambda file: np.save(file, array))
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
+    key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
+    cache, began, shape = CACHE / f"{key}.bin", time.perf_counter(), (len(pairs), 4, *size)
+    if cache.exists() and cache.stat().st_size == math.prod(shape):
+        return torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=shape))
+    array = np.empty(shape, np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
+            array[i] = pixels
+            progress(f" decoding {i}/{len(pairs)}")
+    save(cache, array.tofile)
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
@@ -389,12 +378,11 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
+    finally:
         if temporary.exists():
             temporary.unlink()
-        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
-
 # --- pictures -------------------------------------------------------------------------------------
-
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # pet, ground, border
 def draw_overlay(path, images, masks, hard, binary):
@@ -435,9 +423,7 @@ def draw_curves(path, rows):
         draw.text((left, 290), "epoch 1", "black")
         draw.text((left + 320, 290), f"epoch {len(rows)}", "black")
     save(path, lambda file: page.save(file, "PNG"))
-
 # --- main -----------------------------------------------------------------------------------------
-
 def blur_photos(images, percent):
     """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, more on a larger."""
     if percent < 10:
@@ -482,7 +468,7 @@ def main(argv=None):
     if not paths:
         fail("no finished run under checkpoints/; train one first: python pretrain.py and then "
              "python finetune.py")
-    device, _ = pick_device(args.device)
+    device, _ = pick_device(args.device, False)
     print(f"evaluate.py  torch {torch.__version__}  {device}  {args.split}  blur {args.blur:g} %")
     programs = [(path, *open_program(path, device)) for path in paths]
     ## 2. Each on its data; photos that several share are read once.

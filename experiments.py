@@ -17,9 +17,7 @@ import argparse, base64, hashlib, html, json, math, os, re, shlex, signal
 import statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 # --- knobs ----------------------------------------------------------------------------------------
-
 ## What each kind of data is run with unless told otherwise; photos are what a training set holds,
 ## unlabelled and labelled, from which the steps of the longer scratch arm follow.
 PROTOCOL = {"toy": {"size": 32, "epochs": 6, "pretrain_epochs": 2, "photos": (3687, 999),
@@ -113,9 +111,7 @@ def parse_args(argv=None):
     add("--out", default="checkpoints/experiments", help="runs, results and the report")
     add("--table", help="only print the tables of a results.json")
     return p.parse_args(argv)
-
 # --- plan -----------------------------------------------------------------------------------------
-
 ## An arm is a script with flags, trained once a seed. Two arms of a comparison get the same number
 ## of optimiser steps, whatever the number of labels, and the same search for a learning rate, on
 ## the validation photos, with the first seed.
@@ -193,9 +189,7 @@ def plan(name, args):
             arm("bilinear", "unet", *flags, "--width", 16, "--up", "bilinear", epochs=100, **own),
             arm("ResNet-34", "unet", *flags, "--encoder", "resnet34", "--up", "bilinear",
                 epochs=100, **own)]
-
 # --- run ------------------------------------------------------------------------------------------
-
 def command_of(args, script, flags):
     """The words of a child's command; its folder's name comes from them, so that a run is found
     again if and only if all of its flags are the same."""
@@ -288,9 +282,7 @@ def run_stage(args, arms, seeds):
         for a in [a for a in group if "lr" not in a]:
             a["val"], a["lr"] = max((result.get("val_miou", 0), lr) for (b, _, lr), result in
                                     zip(runs, results) if b is a)
-
 # --- tables ---------------------------------------------------------------------------------------
-
 def grouped(records, experiment):
     """{arm: {seed: record}} in the order in which they came."""
     groups = {}
@@ -336,9 +328,7 @@ def markdown(records, experiment):
         lines += ["", f"{label}: mIoU {mean:+.4f}" + (f" ± {std:.4f}" if std else "")
                   + " against scratch, seed by seed."]
     return "\n".join(lines) + "\n"
-
 # --- page -----------------------------------------------------------------------------------------
-
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
 body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}
@@ -420,9 +410,7 @@ def page(records):
                      + html.escape("\n".join(commands)) + "</pre></details>")
     return f"<!doctype html><meta charset=utf-8><title>Experiments</title><style>{STYLE}</style>" \
         f"<h1>What was the pre-training worth?</h1>{''.join(parts)}"
-
 # --- main -----------------------------------------------------------------------------------------
-
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -431,9 +419,10 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
+    finally:
         if temporary.exists():
             temporary.unlink()
-        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def estimate(args, commands):
     """Seconds that the commands may take, from finished runs of the same scripts, or None."""
     amount = lambda words: float(words[words.index("--epochs") + 1]) * float(

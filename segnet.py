@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
 # --- knobs ----------------------------------------------------------------------------------------
 AUTO = {"toy": {"size": [64], "width": 16, "epochs": 16, "batch_size": 32, "lr": 2e-3},
         "folder": {"size": [128], "width": 32, "epochs": 60, "batch_size": 16, "lr": 1e-3}}
@@ -78,9 +77,9 @@ def parse_args(argv=None):
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 if it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="pays in long runs")
     add("--resume", action="store_true", help="continue the run in --out, with the same flags")
-    add("--out", help="the run's folder; without it checkpoints/segnet or segnet_pretrain")
+    add("--out", default="checkpoints/segnet" + "_pretrain" * ("--pretrain" in (argv or sys.argv)),
+        help="the run's folder; an older run is kept once; for --pretrain segnet_pretrain")
     return p.parse_args(argv)
-
 # --- model ----------------------------------------------------------------------------------------
 ## Max-pooling keeps the largest of four values and forgets which it was, and so where edges are.
 ## SegNet keeps that number, for which two bits would do; un-pooling writes each value back to its
@@ -115,13 +114,13 @@ class SegNet(nn.Module):
         return self.head(x)                                   # (B, C, H, W)
 def summary(model, size, show):
     """Parameters and multiply-adds of one photo -> (int, int); if show, of every block too."""
-    rows, model = {}, copy.deepcopy(model).to("meta").eval()      # meta: shapes without numbers
+    rows, model = {}, copy.deepcopy(model).eval()
     for name, block in model.named_modules():
         block.register_forward_hook(lambda block, x, y, name=name: rows.update({name: (
             [*(y if torch.is_tensor(y) else y[0]).shape[1:]],
             sum(weight.numel() for weight in block.parameters()))}))
-    with FlopCounterMode(display=False, depth=9) as counter:
-        model(torch.zeros(1, 3, *size, device="meta"))
+    with torch.inference_mode(), FlopCounterMode(display=False, depth=9) as counter:
+        model(torch.zeros(1, 3, *size))
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
@@ -150,7 +149,6 @@ def inherit(model, path):
              and name in own and tensor.shape == own[name].shape}
     model.load_state_dict(taken, strict=False)
     return len(taken) if len(taken) == len(own) - 2 else fail(f"--init {path}: another --width")
-
 # --- loss and scores ------------------------------------------------------------------------------
 def one_hot(masks, classes):
     """masks (B, H, W) -> y (B, C, H, W), valid (B, 1, H, W), floats; a single class is label 1."""
@@ -192,11 +190,9 @@ def scores(counts, classes):
     iou = (both / (total - both))[-classes:]                            # nan where total = 0
     return {"accuracy": (both.sum() / counts.sum()).item(), "miou": iou.nanmean().item(),
             "dice": (2 * iou / (1 + iou)).nanmean().item(), "iou": iou.nan_to_num().tolist()}
-
 # --- training -------------------------------------------------------------------------------------
-
-def pick_device(name):
-    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+def pick_device(name, amp):
+    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name if name != "auto" else
@@ -204,9 +200,9 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
-        return device, torch.cuda.get_device_capability(device)[0] >= 8
+        return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, device.type == "cpu" and fast
+    return device, amp and device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
@@ -271,6 +267,8 @@ def validate(model, images, masks, losses, amp=False):
     return (total / len(images)).item(), counts.cpu()
 def hide(x, g=None, share=0.6, patch=8):
     """x (B, 3, H, W) with that share of its patches, at random, grey; x itself stays as it is."""
+    ## A thin scratch could be filled in from its two rims. Of a patch of 8 pixels the rims say
+    ## little, and with more than half of all patches gone its neighbours are often gone too.
     (B, _, H, W), h, w = x.shape, -(-x.shape[2] // patch), -(-x.shape[3] // patch)
     rank = torch.rand(B, h * w, generator=g).argsort(1)                             # a random order
     hidden = F.interpolate((rank < share * h * w).float().view(B, 1, h, w), scale_factor=patch)
@@ -316,14 +314,13 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
         star = " *" if best == epoch + 1 else ""
         print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{lr:9.1e}{images_per_second:8,.0f}"
               "{seconds:8.1f}{1}".format(args.epochs, star, **row), flush=True)
-    model.load_state_dict(torch.load(Path(args.out, "best.pt"), weights_only=True)["model"])
+    ready = load_checkpoint(Path(args.out, "best.pt"), "segnet.py", "train again")
+    model.load_state_dict(ready["model"])
     seen = hide(x := to_float(val[:8].to(device)))
     draw_samples(Path(args.out, "samples.png"), *(picture.detach().clamp(0, 1).mul(255).byte()
                                                   for picture in (x, seen, model.eval()(seen))))
     print(f"best     epoch {best}  python segnet.py --init {args.out}/best.pt goes on from it")
-
 # --- labelled data --------------------------------------------------------------------------------
-
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -399,24 +396,21 @@ def read_pair(pair, size):
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
             return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        raise ValueError(f"{pair[0]}: {error}") from error
+        raise OSError(f"{pair[0]}: {error}") from error
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
-    try:
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
-        key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
-        cache, began = CACHE / f"{key}.npy", time.perf_counter()
-        if cache.exists() and cache.stat().st_size == 128 + 4 * len(pairs) * size[0] * size[1]:
-            return torch.from_numpy(np.load(cache, mmap_mode="c"))
-        array = np.empty((len(pairs), 4, *size), np.uint8)
-        with ThreadPoolExecutor() as pool:
-            for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
-                array[i] = pixels
-                progress(f" decoding {i}/{len(pairs)}")
-    except (OSError, ValueError) as error:             # a file is missing or broken
-        fail(error)
-    save(cache, lambda file: np.save(file, array))
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for p in pairs for f in p]
+    key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
+    cache, began, shape = CACHE / f"{key}.bin", time.perf_counter(), (len(pairs), 4, *size)
+    if cache.exists() and cache.stat().st_size == math.prod(shape):
+        return torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=shape))
+    array = np.empty(shape, np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for i, pixels in enumerate(pool.map(lambda pair: read_pair(pair, size), pairs)):
+            array[i] = pixels
+            progress(f" decoding {i}/{len(pairs)}")
+    save(cache, array.tofile)
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
@@ -448,15 +442,10 @@ def load_unlabelled(data, root, part, size, ignore):
     else:
         files = sorted(Path(data).rglob("[!.]*.[jJpP][pPnN]*[gG]"))       # jpg, jpeg, png
         read = lambda file: np.asarray(Image.open(file).convert("RGB").resize(size[::-1]))
-        keep = subset([""] * len(files), 0.1)[part == "train"]
-        try:
-            images = torch.from_numpy(np.stack([read(files[i]) for i in keep])).movedim(3, 1)
-        except (OSError, ValueError) as error:         # no photos, or a broken one
-            fail(f"--data {data}: {len(files)} photos, {error}")
+        keep = subset([""] * len(files), 0.1)[part == "train"] or fail(f"--data {data}: no photos")
+        images = torch.from_numpy(np.stack([read(files[i]) for i in keep])).movedim(3, 1)
     return images, images[:, 0], [""] * len(images), ["red", "green", "blue"]   # masks mean nothing
-
 # --- checkpoints ----------------------------------------------------------------------------------
-
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -465,9 +454,10 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
+    finally:
         if temporary.exists():
             temporary.unlink()
-        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
     try:
@@ -488,6 +478,8 @@ def open_run(args, model, optimizer):
                  last["args"].items() if name not in free and vars(args).get(name) != was]
         if other:
             fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+        for part in out.glob(".*"):                    # left by a process that was killed
+            part.unlink()
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
@@ -500,15 +492,18 @@ def open_run(args, model, optimizer):
         print(f"note     the earlier run is now in {out}.prev")
     return [], 0
 def save_epoch(args, model, optimizer, history, best):
-    """best.pt if the last epoch is the best, the log, last.pt; a kill between loses one epoch."""
-    out = Path(args.out)
+    """best.pt if the last epoch is the best, last.pt, the log; a kill between loses one epoch."""
+    out, log = Path(args.out), Path(args.out, "log.jsonl")
+    rows = "".join(json.dumps(row) + "\n" for row in history)
+    if log.exists() and not rows.startswith(log.read_text()):
+        fail(f"{out}: another run writes there as well; this one ends here")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
         save(out / "best.pt", lambda f: torch.save(state | {"metrics": history[-1]}, f))
-    save(out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in history)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
+    save(log, lambda f: f.write_text(rows))
 def draw_samples(path, *columns):
     """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
     colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
@@ -516,18 +511,13 @@ def draw_samples(path, *columns):
     columns = [c.cpu().movedim(1, -1) if c.dim() == 4 else colours[c.cpu().long()] for c in columns]
     page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
     save(path, lambda f: page.save(f, "PNG"))
-
 # --- main -----------------------------------------------------------------------------------------
-def main(argv=None):
-    args = parse_args(argv)
-    args.out = str(out := Path(args.out or f"checkpoints/segnet{'_pretrain' * args.pretrain}"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+def run(args, out):
     ## 1. The settings hang on the data.
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
     settle(args, 2 ** args.stages)
-    device, bf16 = pick_device(args.device)
-    amp = args.amp and bf16
+    device, amp = pick_device(args.device, args.amp)
     print(f"segnet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
@@ -557,34 +547,30 @@ def main(argv=None):
     if args.compile:
         model.compile()
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
-    try:
-        if args.pretrain:
-            return pretrain(model, images, val_images, history, best, optimizer, args, amp)
-        share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-        share = (share / share.sum())[len(classes) == 1:]
-        print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
-        print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
-        for epoch in range(len(history), args.epochs):
-            began = time.perf_counter()
-            loss, counts, speed = train_epoch(model, images, masks, losses, optimizer, lr_at,
-                                              args, epoch, amp)
-            val_loss, val_counts = validate(model.eval(), val_images, val_masks, losses, amp)
-            val = {f"val_{key}": value for key, value in scores(val_counts, len(classes)).items()}
-            row = {"epoch": epoch + 1, "loss": loss, **scores(counts, len(classes)),
-                   "val_loss": val_loss, **val, "lr": optimizer.param_groups[0]["lr"],
-                   "images_per_second": speed, "seconds": time.perf_counter() - began, "memory_gb":
-                   torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
-            best = max([*history, row], key=lambda row: row["val_miou"])["epoch"]
-            save_epoch(args, model, optimizer, [*history, row], best)
-            history.append(row)
-            print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_accuracy:8.4f}{val_miou:8.4f}"
-                  "{val_dice:8.4f}{lr:9.1e}{images_per_second:8,.0f}{seconds:8.1f}{1}".format(
-                      args.epochs, " *" if best == epoch + 1 else "", **row), flush=True)
-    except KeyboardInterrupt:
-        print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
-        raise SystemExit(130)
+    if args.pretrain:
+        return pretrain(model, images, val_images, history, best, optimizer, args, amp)
+    share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
+    share = (share / share.sum())[len(classes) == 1:]
+    print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
+    print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
+    for epoch in range(len(history), args.epochs):
+        began = time.perf_counter()
+        loss, counts, speed = train_epoch(model, images, masks, losses, optimizer, lr_at,
+                                          args, epoch, amp)
+        val_loss, val_counts = validate(model.eval(), val_images, val_masks, losses, amp)
+        val = {f"val_{key}": value for key, value in scores(val_counts, len(classes)).items()}
+        row = {"epoch": epoch + 1, "loss": loss, **scores(counts, len(classes)),
+               "val_loss": val_loss, **val, "lr": optimizer.param_groups[0]["lr"],
+               "images_per_second": speed, "seconds": time.perf_counter() - began, "memory_gb":
+               torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+        best = max([*history, row], key=lambda row: row["val_miou"])["epoch"]
+        save_epoch(args, model, optimizer, [*history, row], best)
+        history.append(row)
+        print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_accuracy:8.4f}{val_miou:8.4f}"
+              "{val_dice:8.4f}{lr:9.1e}{images_per_second:8,.0f}{seconds:8.1f}{1}".format(
+                  args.epochs, " *" if best == epoch + 1 else "", **row), flush=True)
     ## 5. Report: the best epoch becomes a program, its scores and a few pictures.
-    model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
+    model.load_state_dict(load_checkpoint(out / "best.pt", "segnet.py", "train again")["model"])
     final = export(model.eval(), args, losses, val_images, val_masks)
     result = {**history[best - 1], "metrics": final, "args": vars(args), "parameters": parameters,
               "multiply_adds": multiply_adds, "torch": torch.__version__,
@@ -596,5 +582,19 @@ def main(argv=None):
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
+def main(argv=None):
+    """run, with one line in the place of a traceback where the machine gives out."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+    try:
+        run(args, Path(args.out))
+    except KeyboardInterrupt:
+        kept = Path(args.out, "last.pt").exists()
+        print("\nstopped ", "--resume continues after the last epoch" if kept else "no epoch yet")
+        raise SystemExit(130)
+    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
+        if isinstance(error, OSError) or "memory" in repr(error).lower():
+            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+        raise
 if __name__ == "__main__":
     main()

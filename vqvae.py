@@ -28,9 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.flop_counter import FlopCounterMode
-
 # --- knobs ----------------------------------------------------------------------------------------
-
 AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
         "folder": {"size": [64], "epochs": 30, "batch_size": 32, "lr": 1e-3}}
 DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
@@ -90,7 +88,6 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out, with the same flags")
     add("--out", default="checkpoints/vqvae", help="the run's folder; an older run is kept once")
     return p.parse_args(argv)
-
 # --- model ----------------------------------------------------------------------------------------
 ## An auto-encoder with a dictionary in the middle: the encoder turns a photo into a small grid of
 ## vectors, the quantiser replaces each by the nearest of K codes, the decoder draws from the codes.
@@ -194,13 +191,13 @@ class VQVAE(nn.Module):
         return self.head(self.decoder(q)), commitment, ids
 def summary(model, size, show):
     """Parameters and multiply-adds of one photo -> (int, int); if show, of every block too."""
-    rows, model = {}, copy.deepcopy(model).to("meta").eval()      # meta: shapes without numbers
+    rows, model = {}, copy.deepcopy(model).eval()
     for name, block in model.named_modules():
         block.register_forward_hook(lambda block, x, y, name=name: rows.update({name: (
             [*(y if torch.is_tensor(y) else y[0]).shape[1:]],
             sum(weight.numel() for weight in block.parameters()))}))
-    with FlopCounterMode(display=False, depth=9) as counter:
-        model(torch.zeros(1, 3, *size, device="meta"))
+    with torch.inference_mode(), FlopCounterMode(display=False, depth=9) as counter:
+        model(torch.zeros(1, 3, *size))
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
         total = sum(counts.get(name, {}).values()) // 2
@@ -208,7 +205,6 @@ def summary(model, size, show):
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total
-
 # --- loss and scores ------------------------------------------------------------------------------
 def reconstruction_loss(output, x, commitment, variance):
     """Squared error in units of the photos' own variance, so that 1 is what a grey answer of their
@@ -227,11 +223,9 @@ def perplexity(use):
     ## is the size of a codebook of which all entries are used alike and that carries as much.
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
-
 # --- training -------------------------------------------------------------------------------------
-
-def pick_device(name):
-    """'auto' takes cuda, then mps, then cpu -> device, whether bfloat16 is fast on it."""
+def pick_device(name, amp):
+    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name if name != "auto" else
@@ -239,9 +233,9 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
-        return device, torch.cuda.get_device_capability(device)[0] >= 8
+        return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, device.type == "cpu" and fast
+    return device, amp and device.type == "cpu" and fast
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
@@ -259,7 +253,8 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
     device, batch = next(model.parameters()).device, min(args.batch_size, len(images))
     steps = len(images) // batch                       # an incomplete last batch is left out
     order = torch.randperm(len(images)).to(images.device)
-    ## Nothing but the photos themselves is needed: what goes in is what has to come out.
+    ## Nothing but the photos themselves is needed: what goes in is what has to come out. It cannot
+    ## just be copied, because the only way through is one of K codes for each cell of the grid.
     total, began = 0.0, time.perf_counter()
     for step in range(steps):
         x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))
@@ -299,7 +294,8 @@ def measure(model, images, variance, amp=False):
         both = reconstruction_loss(output, x, commitment, variance)
         loss, error = loss + both[0] * len(x), error + both[1] * len(x)
         use += torch.bincount(ids.flatten(), minlength=len(use))
-    ## PSNR is the same error on a scale of decibels: halving the error adds 3 dB.
+    ## PSNR is the same error on a scale of decibels: halving the error adds 3 dB. It is unkind to
+    ## fine texture: a blurred fur scores better than a sharp one that is shifted by a pixel.
     error = error.item() / len(images)
     return {"loss": loss.item() / len(images), "error": error, "psnr": psnr(error * variance),
             "perplexity": perplexity(use.float()), "used": int((use > 0).sum())}
@@ -310,9 +306,7 @@ def code_colours(codes):
     codes = codes - codes.mean(0)
     axes = codes @ torch.linalg.svd(codes, full_matrices=False)[2][:3].T                # (K, <= 3)
     return F.pad(axes / axes.abs().amax(0).clamp(min=1e-9) * 0.5 + 0.5, (0, 3 - axes.shape[1]))
-
 # --- unlabelled data ------------------------------------------------------------------------------
-
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -338,43 +332,41 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-def upright(image, size):
-    """RGB, EXIF rotation undone, resized to (H, W) -> (3, H, W) uint8."""
-    image.draft("RGB", (2 * size[1], 2 * size[0]))     # JPEG: decoded at 1/2, 1/4 or 1/8 at once
-    image = ImageOps.exif_transpose(image).convert("RGB").resize(size[::-1], Image.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
              (str(item), item.exists() and item.stat()[6:9:2]) for item in items]    # size and time
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
-    cache, notes, began = CACHE / f"{key}.npy", CACHE / f"{key}.json", time.perf_counter()
+    cache, notes, began = CACHE / f"{key}.bin", CACHE / f"{key}.json", time.perf_counter()
     try:
-        return torch.from_numpy(np.load(cache, mmap_mode="c")), json.loads(notes.read_text())
-    except (OSError, ValueError, EOFError):            # not there yet, or cut short
-        CACHE.mkdir(parents=True, exist_ok=True)
-    part, bad, first, twins = CACHE / f".{os.getpid()}.{key}", {}, {}, []
-    array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), 3, *size))
+        pixels = np.memmap(cache, np.uint8, "c", shape=(len(items), 3, *size))
+        return torch.from_numpy(pixels), json.loads(notes.read_text())
+    except (OSError, ValueError):                      # not there yet, or cut short
+        bad, first, twins = {}, {}, []
     def read(i):
         try:
             image = Image.fromarray(items[i]) if isinstance(items[i], np.ndarray) else \
                 Image.open(items[i])
             with image:
-                array[i] = upright(image, size)
+                image.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
+                x = ImageOps.exif_transpose(image).convert("RGB").resize(size[::-1], Image.BILINEAR)
+                return np.asarray(x).transpose(2, 0, 1).tobytes()
         except Exception as error:                     # whatever a broken file can provoke
             bad[i] = str(error)
-        return hashlib.sha256(array[i].tobytes()).digest()
-    with ThreadPoolExecutor() as pool:
-        for i, digest in enumerate(pool.map(read, range(len(items)))):
-            progress(f" decoding {i}/{len(items)}")
-            if i not in bad and first.setdefault(digest, i) != i:
-                twins.append(i)
-    array.flush()
+            return bytes(3 * size[0] * size[1])
+    def write(part):
+        with open(part, "wb") as file, ThreadPoolExecutor() as pool:
+            for n in range(0, len(items), 4096):       # so many at most are held in memory
+                for i, pixels in enumerate(pool.map(read, range(len(items))[n:n + 4096]), n):
+                    file.write(pixels)
+                    progress(f" decoding {i}/{len(items)}")
+                    if i not in bad and first.setdefault(hashlib.sha256(pixels).digest(), i) != i:
+                        twins.append(i)
+    save(cache, write)
     save(notes, lambda file: file.write_text(json.dumps({"bad": bad, "twins": twins})))
-    os.replace(part, cache)
     print(f"decoded  {len(items)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
-    return torch.from_numpy(array), json.loads(notes.read_text())
+    return decode_photos(items, size)                  # of what is on the disk now
 def load_plain(args):
     """The photos of --data -> (N, 3, H, W) uint8; unreadable ones and exact copies are left out."""
     if args.data == "toy":
@@ -399,9 +391,7 @@ def load_plain(args):
         fail(f"--data {args.data}: {len(files) - len(out)} readable photos, two are needed")
     print(f"photos   {len(files)}, {len(notes['bad'])} unreadable, {len(notes['twins'])} copies")
     return images[[i for i in range(len(files)) if i not in out]]
-
 # --- checkpoints ----------------------------------------------------------------------------------
-
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -410,9 +400,10 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:           # a full disk is the latter for torch.save
+        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
+    finally:
         if temporary.exists():
             temporary.unlink()
-        fail(f"{path}: not written ({str(error).splitlines()[0]}); free space, or another folder")
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
     try:
@@ -433,6 +424,8 @@ def open_run(args, model, optimizer):
                  last["args"].items() if name not in free and vars(args).get(name) != was]
         if other:
             fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+        for part in out.glob(".*"):                    # left by a process that was killed
+            part.unlink()
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["history"], last["best"]
@@ -445,15 +438,18 @@ def open_run(args, model, optimizer):
         print(f"note     the earlier run is now in {out}.prev")
     return [], 0
 def save_epoch(args, model, optimizer, history, best):
-    """best.pt if the last epoch is the best, the log, last.pt; a kill between loses one epoch."""
-    out = Path(args.out)
+    """best.pt if the last epoch is the best, last.pt, the log; a kill between loses one epoch."""
+    out, log = Path(args.out), Path(args.out, "log.jsonl")
+    rows = "".join(json.dumps(row) + "\n" for row in history)
+    if log.exists() and not rows.startswith(log.read_text()):
+        fail(f"{out}: another run writes there as well; this one ends here")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
         save(out / "best.pt", lambda f: torch.save(state | {"metrics": history[-1]}, f))
-    save(out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in history)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
+    save(log, lambda f: f.write_text(rows))
 def draw_samples(path, *columns):
     """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
     colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
@@ -461,19 +457,13 @@ def draw_samples(path, *columns):
     columns = [c.cpu().movedim(1, -1) if c.dim() == 4 else colours[c.cpu().long()] for c in columns]
     page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
     save(path, lambda f: page.save(f, "PNG"))
-
 # --- main -----------------------------------------------------------------------------------------
-
-def main(argv=None):
-    args = parse_args(argv)
-    out = Path(args.out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+def run(args, out):
     ## 1. The settings.
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
     settle(args, 2 ** args.downs)
-    device, bf16 = pick_device(args.device)
-    amp = args.amp and bf16
+    device, amp = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
     model = VQVAE(3, args.width, args.residual_width, args.residual_blocks, args.downs, args.codes,
                   args.code_size)
@@ -504,27 +494,23 @@ def main(argv=None):
         model.compile()
     ## 4. Train; the best epoch is the one with the lowest loss on the validation photos.
     print("   epoch    loss  val_loss   error    PSNR perplexity     used       lr   img/s     sec")
-    try:
-        for epoch in range(len(history), args.epochs):
-            began = time.perf_counter()
-            loss, speed = reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp)
-            seen = measure(model, val, variance, amp)
-            row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
-                   "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
-                   "seconds": time.perf_counter() - began, "memory_gb":
-                   torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
-            best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
-            save_epoch(args, model, optimizer, [*history, row], best)
-            history.append(row)
-            print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_psnr:8.2f}"
-                  "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
-                  "{seconds:8.1f}{2}".format(args.epochs, args.codes,
-                                             " *" if best == epoch + 1 else "", **row), flush=True)
-    except KeyboardInterrupt:
-        print(f"\nstopped  {len(history)} whole epochs are kept: --resume continues after them")
-        raise SystemExit(130)
+    for epoch in range(len(history), args.epochs):
+        began = time.perf_counter()
+        loss, speed = reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp)
+        seen = measure(model, val, variance, amp)
+        row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
+               "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
+               "seconds": time.perf_counter() - began, "memory_gb":
+               torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+        best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
+        save_epoch(args, model, optimizer, [*history, row], best)
+        history.append(row)
+        print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_psnr:8.2f}"
+              "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
+              "{seconds:8.1f}{2}".format(args.epochs, args.codes,
+                                         " *" if best == epoch + 1 else "", **row), flush=True)
     ## 5. Report: the best epoch's scores, photos beside their reconstructions, and the codes.
-    model.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
+    model.load_state_dict(load_checkpoint(out / "best.pt", "vqvae.py", "train again")["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
               "photos": len(images), "total_seconds": sum(row["seconds"] for row in history)}
@@ -538,5 +524,19 @@ def main(argv=None):
     print("best     epoch {epoch}  error {val_error:.4f}  PSNR {val_psnr:.2f} dB  perplexity "
           "{val_perplexity:.0f}  used {val_used}/{0}  {1}  total {2:.0f} s".format(
               args.codes, out / "best.pt", result["total_seconds"], **row))
+def main(argv=None):
+    """run, with one line in the place of a traceback where the machine gives out."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+    try:
+        run(args, Path(args.out))
+    except KeyboardInterrupt:
+        kept = Path(args.out, "last.pt").exists()
+        print("\nstopped ", "--resume continues after the last epoch" if kept else "no epoch yet")
+        raise SystemExit(130)
+    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
+        if isinstance(error, OSError) or "memory" in repr(error).lower():
+            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+        raise
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "vqvae linknet segnet unet pretrain finetune evaluate experiments".split()
-OWN = {"main", "parse_args", "AUTO"}          # every script has its own
+OWN = {"main", "run", "parse_args", "AUTO"}   # every script has its own
 
 def blocks(source):
     """Functions, classes and UPPER_CASE constants at the top level -> {name: (first, last line)},
@@ -65,6 +65,11 @@ def fix(folder, script):
 
 def test_same_name_same_text():
     assert differing(ROOT) == {}
+
+def test_same_main_in_all_that_train():
+    """main, around each script's own run, is a copy too; evaluate.py and experiments.py have another."""
+    sources = [(ROOT / f"{name}.py").read_text() for name in NAMES[:6] if (ROOT / f"{name}.py").exists()]
+    assert len({source[source.index("\ndef main("):] for source in sources}) == 1
 
 # --- the checker itself ---------------------------------------------------------------------------
 
