@@ -40,8 +40,7 @@ IGNORE = 255                     # label of pixels that count neither in a loss 
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
         "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
-HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
-            {})                  # --help shows this docstring as it is, and the defaults
+HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -176,7 +175,8 @@ def ratio(top, bottom):
     return top.double() / bottom.double()
 def class_scores(counts, names):
     """Scores of a whole split from its matrices (N, C, C); names are those of the classes that
-    count, the last of C. A class that never occurs is nan and left out of the means."""
+    count, the last of C. A class that never occurs is nan and left out of the means; these are 1
+    where no class occurs."""
     n, whole = len(names), counts.sum(0)
     hit, truth, guess = whole.diag()[-n:], whole.sum(1)[-n:], whole.sum(0)[-n:]
     each = {"iou": ratio(hit, truth + guess - hit), "dice": ratio(2 * hit, truth + guess),
@@ -186,8 +186,9 @@ def class_scores(counts, names):
     for name in ("precision", "recall", "f1"):         # never guessed, or never right: 0
         each[name] = torch.where(seen, each[name].nan_to_num(), torch.nan)
     out = {"accuracy": ratio(whole.diag().sum(), whole.sum()).item(),
-           "miou": each["iou"].nanmean().item()}
-    out |= {name: each[name].nanmean().item() for name in ("dice", "precision", "recall", "f1")}
+           "miou": each["iou"].nanmean().nan_to_num(1).item()}
+    out |= {name: each[name].nanmean().nan_to_num(1).item()
+            for name in ("dice", "precision", "recall", "f1")}
     hit, both = counts.diagonal(dim1=1, dim2=2)[:, -n:], (counts.sum(1) + counts.sum(2))[:, -n:]
     out["image_miou"] = ratio(hit, both - hit).nan_to_num(1).mean().item()     # empty on empty: 1
     out["image_dice"] = ratio(2 * hit, both).nan_to_num(1).mean().item()
@@ -324,8 +325,8 @@ def read_pair(pair, size):
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
-            if mask.mode not in ("1", "L", "P") or mask.size != whole:
-                raise ValueError(f"wanted 8-bit labels of {whole}, not {mask.size} {mask.mode}")
+            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != whole:
+                raise ValueError(f"not 8 bits of {whole}: {photo.mode}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
@@ -358,7 +359,7 @@ def load_split(data, root, part, size, ignore):
     images, masks = decode(pairs, size).split((3, 1), 1)
     table, masks = torch.arange(256).byte(), masks[:, 0]                # (N, H, W)
     found = torch.bincount(masks.flatten(), minlength=256).nonzero().flatten().tolist()
-    top = max(values := set(found) - {ignore}, default=0)
+    top = max(values := set(found) - {ignore} or fail(f"{data}: --ignore ignores every label"))
     if data == "pets":
         table -= 1                                     # trimap 1, 2, 3: pet, background, border
     elif values <= {0, 255}:
@@ -459,8 +460,7 @@ def all_scores(counts, soft, names, breeds, as_published):
     out = class_scores(counts, names)
     out |= pet_scores(counts, breeds) if names == PETS else {}
     return out | (published_scores(counts, soft, names) if as_published else {})
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
     ## 1. The programs: those named, or every finished run.
     paths = [Path(run, "model.pt2") if Path(run).is_dir() else Path(run) for run in args.runs] or \
         [path for path in sorted(Path("checkpoints").glob("*/model.pt2"))
@@ -526,5 +526,15 @@ def main(argv=None):
         save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
     print("\npictures overlay.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
+def main(argv=None):
+    """run, with one line in the place of a traceback where the machine gives out."""
+    try:
+        run(parse_args(argv))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
+        if isinstance(error, OSError) or "memory" in repr(error).lower():
+            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+        raise
 if __name__ == "__main__":
     main()

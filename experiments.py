@@ -29,8 +29,7 @@ HERE = Path(__file__).resolve().parent
 MASK = ("--mask", "0.5-0.75", "--patch", "8")    # of pre-training, unless that is the question
 GRIDS = "labels pretraining imbalance blur masks models camvid retina puzzle".split()
 PERCENT = (0, 25, 50, 75, 100)                         # of blur
-HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
-            {})                  # --help shows this docstring as it is, and the defaults
+HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 ## The published figures, each under the definition that it really has (README: how scores are
 ## defined), beside which the table puts ours under the same definition.
@@ -263,7 +262,7 @@ def evaluate_all(args, folders, blur):
                         str(blur), "--device", args.device, "--json", collected], check=True,
                        stdout=subprocess.DEVNULL)
         for folder, record in zip(todo, json.loads(collected.read_text())):
-            Path(folder, name).write_text(json.dumps(record))
+            save(Path(folder, name), lambda file: file.write_text(json.dumps(record)))
     return {folder: json.loads(Path(folder, name).read_text()) for folder in folders
             if Path(folder, name).exists()}
 def run_stage(args, arms, seeds):
@@ -435,9 +434,7 @@ def estimate(args, commands):
     if not {command[0] for command in commands} <= rate.keys():
         return None
     return sum(statistics.median(rate[command[0]]) * amount(command) for command in commands)
-def main(argv=None):
-    args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+def run(args):
     if args.table:
         try:
             records = json.loads(Path(args.table).read_text())
@@ -459,44 +456,38 @@ def main(argv=None):
     args.children, args.planned, out = [], [], Path(args.out)
     arms = {name: plan(name, args) for name in names}
     every = [a for group in arms.values() for a in group]
-    try:
-        ## 2. The search with the first seed. Of the masks two and the usual one go on to all seeds.
-        run_stage(args, every, [0])
-        screened = sorted(arms.get("masks", []), key=lambda a: -a["val"])
-        for a in screened[:2] + [a for a in screened if "0.05-0.25" in a["label"]][:1]:
-            a["seeds"] = None
-        ## 3. The other seeds, with the learning rates found.
-        run_stage(args, every, range(1, args.seeds))
-        if args.dry_run:
-            seconds = estimate(args, args.planned)
-            return print(f"{len(args.planned)} runs, " + (
-                "of unknown length: no run of each script is finished yet" if seconds is None else
-                f"about {seconds / 60 / args.jobs:.0f} min") + "; later seeds take the learning "
-                "rate that the search finds")
-        ## 4. The test photos, once, when everything is trained.
-        records = []
-        for name, group in arms.items():
-            runs = [(a, seed, training_of(args, a, seed, a["lr"])) for a in group
-                    for seed in range(a["seeds"] or args.seeds)]
-            for blur in PERCENT if name == "blur" else (0,):
-                tested = evaluate_all(args, [command[-1] for _, _, command in runs], blur)
-                for a, seed, command in runs:
-                    result, record = finished(command), tested[command[-1]]
-                    flat = {key: value for key, value in record["scores"].items()
-                            if not isinstance(value, dict)}
-                    records.append({
-                        "experiment": name, "seed": seed, "lr": a["lr"], "run": command[-1],
-                        "arm": a["label"] + (f", {blur} %" if name == "blur" else ""),
-                        "command": f"python {shlex.join(command)}", **flat,
-                        **{key: record[key] for key in ("parameters", "multiply_adds", "device",
-                                                        "torch", "size", "data", "photos")},
-                        **{key: result[key] for key in ("val_miou", "images_per_second",
-                                                        "memory_gb", "total_seconds")}})
-    except KeyboardInterrupt:
-        print("\nstopped  what is finished is kept: the same command goes on from there")
-        raise SystemExit(130)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        fail(error)
+    ## 2. The search with the first seed. Of the masks two and the usual one go on to all seeds.
+    run_stage(args, every, [0])
+    screened = sorted(arms.get("masks", []), key=lambda a: -a["val"])
+    for a in screened[:2] + [a for a in screened if "0.05-0.25" in a["label"]][:1]:
+        a["seeds"] = None
+    ## 3. The other seeds, with the learning rates found.
+    run_stage(args, every, range(1, args.seeds))
+    if args.dry_run:
+        seconds = estimate(args, args.planned)
+        return print(f"{len(args.planned)} runs, " + (
+            "of unknown length: no run of each script is finished yet" if seconds is None else
+            f"about {seconds / 60 / args.jobs:.0f} min") + "; later seeds take the learning "
+            "rate that the search finds")
+    ## 4. The test photos, once, when everything is trained.
+    records = []
+    for name, group in arms.items():
+        runs = [(a, seed, training_of(args, a, seed, a["lr"])) for a in group
+                for seed in range(a["seeds"] or args.seeds)]
+        for blur in PERCENT if name == "blur" else (0,):
+            tested = evaluate_all(args, [command[-1] for _, _, command in runs], blur)
+            for a, seed, command in runs:
+                result, record = finished(command), tested[command[-1]]
+                flat = {key: value for key, value in record["scores"].items()
+                        if not isinstance(value, dict)}
+                records.append({
+                    "experiment": name, "seed": seed, "lr": a["lr"], "run": command[-1],
+                    "arm": a["label"] + (f", {blur} %" if name == "blur" else ""),
+                    "command": f"python {shlex.join(command)}", **flat,
+                    **{key: record[key] for key in ("parameters", "multiply_adds", "device",
+                                                    "torch", "size", "data", "photos")},
+                    **{key: result[key] for key in ("val_miou", "images_per_second",
+                                                    "memory_gb", "total_seconds")}})
     ## 5. Results, tables, page.
     records.sort(key=lambda record: names.index(record["experiment"]))
     tables = "\n".join(markdown(records, name) for name in names if grouped(records, name))
@@ -504,5 +495,16 @@ def main(argv=None):
                        ("report.html", page(records))):
         save(out / name, lambda file: file.write_text(text, encoding="utf-8"))
     print(f"\n{tables}\nresults  {out}/results.json, results.md, report.html")
+def main(argv=None):
+    """run, with one line in the place of a traceback where a child or the machine gives out."""
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("\nstopped  what is finished is kept: the same command goes on from there")
+        raise SystemExit(130)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        fail(error)
 if __name__ == "__main__":
     main()

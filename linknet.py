@@ -36,8 +36,7 @@ IGNORE = 255                     # label of pixels that count neither in a loss 
 FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
         "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
-HELP = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
-            {})                  # --help shows this docstring as it is, and the defaults
+HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -220,11 +219,12 @@ def confusion(logits, masks):
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(C, C)
 def scores(counts, classes):
-    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), mean over classes that occur in either."""
+    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), means over classes in either; 1 if none is."""
     both, total = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
     iou = (both / (total - both))[-classes:]                            # nan where total = 0
-    return {"accuracy": (both.sum() / counts.sum()).item(), "miou": iou.nanmean().item(),
-            "dice": (2 * iou / (1 + iou)).nanmean().item(), "iou": iou.nan_to_num().tolist()}
+    means = torch.stack([iou, 2 * iou / (1 + iou)]).nanmean(1).nan_to_num(1)
+    return {"accuracy": (both.sum() / counts.sum()).item(), "miou": means[0].item(),
+            "dice": means[1].item(), "iou": iou.nan_to_num().tolist()}
 def rarity(masks, classes):
     """Weight of each class, 1 / ln(1.02 + its share of the pixels) (ENet, Paszke et al. 2016, sec.
     5.2), from 1.4 for a class that is everywhere to 50 for one that is nowhere -> (max(2, C),)."""
@@ -397,8 +397,8 @@ def read_pair(pair, size):
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
-            if mask.mode not in ("1", "L", "P") or mask.size != whole:
-                raise ValueError(f"wanted 8-bit labels of {whole}, not {mask.size} {mask.mode}")
+            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != whole:
+                raise ValueError(f"not 8 bits of {whole}: {photo.mode}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
             labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
@@ -431,7 +431,7 @@ def load_split(data, root, part, size, ignore):
     images, masks = decode(pairs, size).split((3, 1), 1)
     table, masks = torch.arange(256).byte(), masks[:, 0]                # (N, H, W)
     found = torch.bincount(masks.flatten(), minlength=256).nonzero().flatten().tolist()
-    top = max(values := set(found) - {ignore}, default=0)
+    top = max(values := set(found) - {ignore} or fail(f"{data}: --ignore ignores every label"))
     if data == "pets":
         table -= 1                                     # trimap 1, 2, 3: pet, background, border
     elif values <= {0, 255}:
@@ -472,22 +472,23 @@ def open_run(args, model, optimizer):
     out, free = Path(args.out), ("resume", "out", "root", "device", "compile", "download")
     if args.resume:
         last = load_checkpoint(out / "last.pt", Path(__file__).name, "start without --resume")
-        other = [f"--{name.replace('_', '-')} {vars(args).get(name)} (was {was})" for name, was in
-                 last["args"].items() if name not in free and vars(args).get(name) != was]
-        if other:
-            fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
-        for part in out.glob(".*"):                    # left by a process that was killed
-            part.unlink()
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        return last["history"], last["best"]
-    names = [file.name for file in out.iterdir()] if out.is_dir() else ["a file"] * out.exists()
-    if names:
-        if not any(name.endswith(("best.pt", "log.jsonl")) for name in names):
+        try:
+            other = [f"--{key.replace('_', '-')} {vars(args).get(key)} (was {was})" for key, was in
+                     last["args"].items() if key not in free and vars(args).get(key) != was]
+            if other:
+                fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+            for part in out.glob(".[0-9]*"):           # left by a process that was killed
+                part.unlink()
+            return last["history"], last["best"]
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
+    if out.exists() and any(out.iterdir()):
+        if not any(out.glob("*best.pt")):              # the first file of a run
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
-        out.rename(f"{out}.prev")
-        print(f"note     the earlier run is now in {out}.prev")
+        print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
     return [], 0
 def save_epoch(args, model, optimizer, history, best):
     """best.pt if the last epoch is the best, last.pt, the log; a kill between loses one epoch."""
