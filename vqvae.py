@@ -355,16 +355,16 @@ def decode_photos(items, size):
         except Exception as error:                     # whatever a broken file can provoke
             bad[i] = str(error)
             return bytes(3 * size[0] * size[1])
-    def write(part):
-        with open(part, "wb") as file, ThreadPoolExecutor() as pool:
+    def write(part):                                   # the notes come last: then cache is whole
+        with open(cache, "ab"), open(cache, "r+b") as file, ThreadPoolExecutor() as pool:
             for n in range(0, len(items), 4096):       # so many at most are held in memory
                 for i, pixels in enumerate(pool.map(read, range(len(items))[n:n + 4096]), n):
                     file.write(pixels)
                     progress(f" decoding {i}/{len(items)}")
                     if i not in bad and first.setdefault(hashlib.sha256(pixels).digest(), i) != i:
                         twins.append(i)
-    save(cache, write)
-    save(notes, lambda file: file.write_text(json.dumps({"bad": bad, "twins": twins})))
+        part.write_text(json.dumps({"bad": bad, "twins": twins}))
+    save(notes, write)
     print(f"decoded  {len(items)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return decode_photos(items, size)                  # of what is on the disk now
 def load_plain(args):
