@@ -492,18 +492,18 @@ def open_run(args, model, optimizer):
         print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
     return [], 0
 def save_epoch(args, model, optimizer, history, best):
-    """best.pt if the last epoch is the best, last.pt, the log; a kill between loses one epoch."""
+    """best.pt if the last epoch is the best, the log, last.pt; a kill between loses one epoch."""
     out, log = Path(args.out), Path(args.out, "log.jsonl")
-    rows = "".join(json.dumps(row) + "\n" for row in history)
-    if log.exists() and not rows.startswith(log.read_text()):
-        fail(f"{out}: another run writes there as well; this one ends here")
+    rows = [json.dumps(row) + "\n" for row in history]
+    if (log.read_text().splitlines(True) if log.exists() else [])[:len(rows) - 1 or 1] != rows[:-1]:
+        fail(f"{out}: another run writes there too, or it was deleted; this one ends here")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
         save(out / "best.pt", lambda f: torch.save(state | {"metrics": history[-1]}, f))
+    save(log, lambda f: f.write_text("".join(rows)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
-    save(log, lambda f: f.write_text(rows))
 def draw_samples(path, *columns):
     """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
     colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
