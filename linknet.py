@@ -214,7 +214,7 @@ def segmentation_loss(logits, masks, losses):
 def confusion(logits, masks):
     """(C, C) pixels by truth (down) and prediction; summed over a split, no batch size matters."""
     C = max(2, logits.shape[1])
-    hard = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()      # (B, H, W)
+    hard = logits.max(1).indices if logits.shape[1] > 1 else logits[:, 0] > 0           # (B, H, W)
     cell = torch.where(masks == IGNORE, C * C, masks.long() * C + hard).flatten()
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(C, C)

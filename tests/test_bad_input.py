@@ -378,6 +378,31 @@ def test_program_is_refused(attack, files, refuse, unharmed):
     assert "bad.pt2" in line and "refused" in line and word in line
     assert not Path("overlay.png").exists()
 
+class Grey(Tiny):
+    """Takes photos of one channel."""
+    def forward(self, x):
+        return self.conv(x.expand(-1, 3, -1, -1))
+
+class Pair(Tiny):
+    """Answers with two tensors."""
+    def forward(self, x):
+        return self.conv(x), x
+
+class Diverged(Tiny):
+    """Has learned nothing but NaN."""
+    def __init__(self):
+        super().__init__()
+        self.conv.weight.data.fill_(float("nan"))
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("net, channels, free", ((Grey, 1, True), (Tiny, 3, False), (Pair, 3, True), (Diverged, 3, True)))
+def test_a_program_with_another_contract(net, channels, free, refuse):
+    """One channel, a fixed batch, two answers, answers that are no numbers."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if free else None
+    program = torch.export.export(net().eval(), (torch.zeros(2, channels, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
+    assert "bad.pt2: refused" in refuse("evaluate", "bad.pt2", "--data", "toy")
+
 def test_zip_bomb(files, refuse):
     name = member(files, "weights/weight_0").replace("weight_0", "weight_7")
     write(files | {name: bytes(30_000_000)}, method=zipfile.ZIP_DEFLATED)
