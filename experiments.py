@@ -181,8 +181,8 @@ def plan(name, args):
                     "--schedule", "onecycle", epochs=100, **own)]
     if name == "retina":
         flags = ("--data", folder, "--size", 512, "--loss", "dice+iou", "--batch-size", 2)
-        return [arm("LinkNet", "linknet", *flags, "--weights", "none", epochs=70, **own),
-                arm("U-Net", "unet", *flags, "--width", 16, epochs=70, **own)]
+        return [arm("LinkNet", "linknet", *flags, "--weights", "none", epochs=100, **own),
+                arm("U-Net", "unet", *flags, "--width", 16, epochs=100, **own)]
     flags = ("--data", folder, "--size", 192, 256, "--batch-size", 2)
     return [arm("transposed", "unet", *flags, "--width", 16, epochs=100, **own),
             arm("bilinear", "unet", *flags, "--width", 16, "--up", "bilinear", epochs=100, **own),

@@ -554,8 +554,7 @@ def run(args, out):
     print("   epoch    loss  val_loss   error  masked perplexity     used       lr   img/s     sec")
     for epoch in range(len(history), args.epochs):
         began = time.perf_counter()
-        loss, speed = pretrain_epoch(model, images, train, variance, optimizer, args, epoch,
-                                     amp)
+        loss, speed = pretrain_epoch(model, images, train, variance, optimizer, args, epoch, amp)
         seen = check(model, images, val, variance, args, amp)
         row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,

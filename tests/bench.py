@@ -8,7 +8,7 @@ Every row is a ratio of two ways measured in turn, A B A B ..., on this machine 
 median over --repeats, with the smallest and the largest. pip install -r tests/requirements-bench.txt
 adds the other libraries; without them their rows are left out, and said so.
 """
-import argparse, copy, importlib.util, statistics, subprocess, sys, tempfile, time
+import argparse, copy, importlib.util, json, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "limit pipeline source quantiser peers scores start growth".split()
+ROWS = []                        # what was printed, for --json
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
@@ -44,6 +45,8 @@ def compare(title, ours, theirs, amount, unit, args, goal):
     a, b = zip(*((amount / clock(ours, args.device), amount / clock(theirs, args.device))
                  for _ in range(args.repeats)))
     ratios = sorted(x / y for x, y in zip(a, b))
+    ROWS.append({"name": args.current, "row": title.strip(), "unit": unit, "ours": statistics.median(a),
+                 "theirs": statistics.median(b), "ratio": statistics.median(ratios), "ratios": ratios, "goal": goal})
     print(f"{title:46}{statistics.median(a):10,.1f}{statistics.median(b):10,.1f} {unit:9}"
           f"{statistics.median(ratios):7.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})   {goal}", flush=True)
 
@@ -78,7 +81,7 @@ def limit(args):
         for key in ("mask", "distort"):
             if hasattr(flags, key) and isinstance(getattr(flags, key), str):
                 setattr(flags, key, [0.5, 0.75])
-        amp, nets = m.pick_device(str(args.device))[1], []
+        amp, nets = m.pick_device(str(args.device), True)[1], []
         for _ in range(2):
             net = build(m).to(args.device, memory_format=torch.channels_last)
             nets.append((net, torch.optim.AdamW(net.parameters(), lr=1e-3)))
@@ -136,7 +139,7 @@ def pipeline(args):
     print(f"pipeline: one epoch of the small VQ-VAE on {len(pairs)} pet photos, {size} px, ours against a DataLoader "
           "with two workers, float32, default layout")
     loader = torch.utils.data.DataLoader(Photos(pairs, size), batch, shuffle=True, num_workers=2, drop_last=True)
-    losses, amp = [m.bce, m.dice_loss], m.pick_device(str(args.device))[1]
+    losses, amp = [m.bce, m.dice_loss], m.pick_device(str(args.device), True)[1]
     flags = m.parse_args(["--batch-size", str(batch), "--epochs", "1000", "--lr", "1e-3"])
     torch.manual_seed(0)
     theirs_net = m.VQVAE(3, 128, 32, 2, 2).to(args.device)
@@ -189,7 +192,7 @@ class OneHot(nn.Module):
 def source(args):
     print("source: the VQ-VAE at 120 px, batch 64, ours against float32, default layout, one-hot statistics")
     m, batch = load("vqvae"), 64
-    amp = m.pick_device(str(args.device))[1]
+    amp = m.pick_device(str(args.device), True)[1]
     for widths in ((256, 256, 4, 2), (128, 32, 2, 2)):
         torch.manual_seed(0)
         theirs_net = m.VQVAE(3, *widths).to(args.device).train()
@@ -276,7 +279,7 @@ def peers(args):
         return print("peers: left out, segmentation-models-pytorch is not installed")
     link, unet, size = load("linknet"), load("unet"), 128
     batch = 64 if args.device.type == "cuda" else 16
-    amp = link.pick_device(str(args.device))[1]
+    amp = link.pick_device(str(args.device), True)[1]
     print(f"peers: training step and inference at {size} px, batch {batch}, with the same encoder")
     for title, ours_net, theirs_net in (
             ("LinkNet-34", link.LinkNet(3), smp.Linknet("resnet34", encoder_weights=None, classes=3)),
@@ -351,7 +354,7 @@ def start(args):
 
 # --- growth: time and memory as the set grows -----------------------------------------------------------
 
-GROWTH = PEAK + """
+GROWTH = """
 import importlib.util, sys, time
 import numpy as np, torch
 spec = importlib.util.spec_from_file_location("pretrain", sys.argv[1]); m = importlib.util.module_from_spec(spec)
@@ -361,7 +364,8 @@ args = m.parse_args(["--size", "32", "--batch-size", "64", "--epochs", "1000", "
 net = m.VQVAE(3, 16, 8, 1, 2); optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
 index = torch.randperm(len(images))[:int(sys.argv[3])]
 began = time.perf_counter(); m.pretrain_epoch(net, images, index, 0.06, optimizer, args, 0, False)
-print(len(index) / (time.perf_counter() - began), peak())
+speed, status = len(index) / (time.perf_counter() - began), open("/proc/self/status").read()
+print(speed, *(int(status.split(name)[1].split()[0]) / 1024 for name in ("RssAnon:", "RssFile:")))
 """
 
 def growth(args):
@@ -377,9 +381,12 @@ def growth(args):
             del array
             done = subprocess.run([sys.executable, "-c", GROWTH, str(ROOT / "pretrain.py"), str(path), "4096"],
                                   capture_output=True, text=True, check=True)
-            speed, memory = (float(word) for word in done.stdout.split()[-2:])
+            speed, own, mapped = (float(word) for word in done.stdout.split()[-3:])
+            ROWS.append({"name": "growth", "row": f"{n:,} photos", "images_per_second": speed, "own_mib": own,
+                         "mapped_mib": mapped, "file_mib": path.stat().st_size / 2**20})
             print(f"  {n:>9,} photos, {path.stat().st_size / 2**20:7,.0f} MiB on disk: {speed:8,.0f} images/s, "
-                  f"peak memory {memory:6,.0f} MiB", flush=True)
+                  f"memory {own:6,.0f} MiB, and {mapped:6,.0f} MiB of pages of files, which the system takes "
+                  "back when it needs them", flush=True)
             path.unlink()
 
 def main():
@@ -388,12 +395,16 @@ def main():
     p.add_argument("--root", default="data")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--device", default="auto")
+    p.add_argument("--json", help="write the rows to this file too")
     args = p.parse_args()
-    args.device = load("finetune").pick_device(args.device)[0]
+    args.device = load("finetune").pick_device(args.device, False)[0]
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}  {args.device}  {name}  medians of {args.repeats}\n"
           f"{'':46}{'ours':>10}{'theirs':>10} {'':9}{'ratio':>7}")
-    for name in args.names or NAMES:
-        globals()[name](args)
+    for args.current in args.names or NAMES:
+        globals()[args.current](args)
+    if args.json:
+        head = {"torch": str(torch.__version__), "device": str(args.device), "threads": torch.get_num_threads()}
+        Path(args.json).write_text(json.dumps([head | row for row in ROWS], indent=1))
 if __name__ == "__main__":
     main()
