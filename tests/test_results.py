@@ -53,6 +53,9 @@ def sentences():
     yield "segnet.py", f"with --stages 5 mIoU {five:.3f}"
     yield "README.md", "training takes " + " and ".join(
         f"{run['peak_gb']:.1f} GB ({run['name']})" for run in read("memory"))
+    near = read("near_duplicates")
+    yield "README.md", (f"{near['sources']['Oxford-IIIT Pet, trainval']['test_photos']} of the {near['test']:,} official test photos")
+    yield "README.md", f"{near['sources']['Microsoft']['test_photos'] or 'none'} among the {near['sources']['Microsoft']['photos']:,}"
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
