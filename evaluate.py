@@ -47,11 +47,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def parse(text):
+    def setting(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return parse
+    return setting
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
@@ -314,7 +314,7 @@ def folder_files(folder, part):
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
     photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
                      for pattern in ("images/[!.]*", "masks/[!.]*"))
-    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["*"]):
+    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["a photo"]):
         fail(f"{base}: '{stem}' wanted in both images/ and masks/")
     every = range(len(photos))
     test, rest = subset([""] * len(photos), 0.1) if flat else (every, every)
@@ -368,7 +368,7 @@ def load_split(data, root, part, size, ignore):
         table[255] = top = 1                           # a black and white mask
     elif top > 99:
         i = (masks == top).flatten(1).any(1).nonzero()[0].item()
-        fail(f"{pairs[i][1]}: labels {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0 .. C-1")
+        fail(f"{pairs[i][1]}: {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0..C-1, --ignore")
     if ignore is not None:
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
@@ -535,9 +535,9 @@ def main(argv=None):
         run(parse_args(argv))
     except KeyboardInterrupt:
         raise SystemExit(130)
-    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
-        if isinstance(error, OSError) or "memory" in repr(error).lower():
-            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+    except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
+        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":
     main()

@@ -43,11 +43,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def parse(text):
+    def setting(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return parse
+    return setting
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -170,7 +170,7 @@ def summary(model, size, show):
         if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
-    return weights, total
+    return weights, total          # of the last row, the whole
 def export(model, args, losses, images, masks):
     """The segmenter as a program, OUT/model.pt2 (README: how the scripts talk) -> val scores."""
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
@@ -311,7 +311,7 @@ def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, 
         optimizer.step()
         total, counts = total + loss.detach(), counts + confusion(logits.detach(), y)
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
-            if not math.isfinite(total.item()):
+            if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
                      f"epoch is kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
@@ -384,7 +384,7 @@ def folder_files(folder, part):
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
     photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
                      for pattern in ("images/[!.]*", "masks/[!.]*"))
-    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["*"]):
+    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["a photo"]):
         fail(f"{base}: '{stem}' wanted in both images/ and masks/")
     every = range(len(photos))
     test, rest = subset([""] * len(photos), 0.1) if flat else (every, every)
@@ -438,7 +438,7 @@ def load_split(data, root, part, size, ignore):
         table[255] = top = 1                           # a black and white mask
     elif top > 99:
         i = (masks == top).flatten(1).any(1).nonzero()[0].item()
-        fail(f"{pairs[i][1]}: labels {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0 .. C-1")
+        fail(f"{pairs[i][1]}: {masks[i].unique().tolist()[-9:]}; wanted 0, 255 or 0..C-1, --ignore")
     if ignore is not None:
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
@@ -484,8 +484,8 @@ def open_run(args, model, optimizer):
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
-    if out.exists() and any(out.iterdir()):
-        if not any(out.glob("*best.pt")):              # the first file of a run
+    if out.exists() and any(file.name[0] != "." for file in out.iterdir()):
+        if not (out / "best.pt").exists():             # the first file of a run
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
@@ -495,7 +495,7 @@ def save_epoch(args, model, optimizer, history, best):
     out, log = Path(args.out), Path(args.out, "log.jsonl")
     rows = [json.dumps(row) + "\n" for row in history]
     if (log.read_text().splitlines(True) if log.exists() else [])[:len(rows) - 1 or 1] != rows[:-1]:
-        fail(f"{out}: another run writes there too, or it was deleted; this one ends here")
+        fail(f"{out}: another run writes there too, or the folder was deleted; this one ends")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
@@ -518,7 +518,7 @@ def run(args, out):
     settle(args, 32)
     device, amp = pick_device(args.device, args.amp)
     print(f"linknet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
-          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
+          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
@@ -549,7 +549,7 @@ def run(args, out):
     if args.compile:
         model.compile()
     share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
-    share = (share / share.sum())[len(classes) == 1:]
+    share = (share / share.sum())[len(classes) == 1:]         # of one class: not the background
     print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
     ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     print("   epoch    loss  val_loss     acc    mIoU    Dice       lr   img/s     sec")
@@ -570,7 +570,7 @@ def run(args, out):
               "{val_dice:8.4f}{lr:9.1e}{images_per_second:8,.0f}{seconds:8.1f}{1}".format(
                   args.epochs, " *" if best == epoch + 1 else "", **row), flush=True)
     ## 5. Report: the best epoch becomes a program, its scores and a few pictures.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "linknet.py", "train again")["model"])
+    model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     final = export(model.eval(), args, losses, val_images, val_masks)
     result = {**history[best - 1], "metrics": final, "args": vars(args), "parameters": parameters,
               "multiply_adds": multiply_adds, "torch": torch.__version__,
@@ -590,11 +590,11 @@ def main(argv=None):
         run(args, Path(args.out))
     except KeyboardInterrupt:
         kept = Path(args.out, "last.pt").exists()
-        print("\nstopped ", "--resume continues after the last epoch" if kept else "no epoch yet")
+        print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
-    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
-        if isinstance(error, OSError) or "memory" in repr(error).lower():
-            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+    except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
+        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":
     main()

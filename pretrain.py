@@ -7,7 +7,7 @@ YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
     which would spend its codes on grey -> VQVAE.forward, Quantiser.revive
   - how to tell that it fills in rather than copies -> check, mean_fill
 RUN IT          python pretrain.py --mask 0.05-0.25           with --resume it goes on
-WHAT TO EXPECT  Photos, 5 epochs: masked 0.307 (mean colour 0.831), perplexity 387; 31 min on
+WHAT TO EXPECT  README's photos, 5 epochs: masked 0.307 (mean colour 0.831), perplexity 387; 31 min,
   2 CPU cores, torch 2.15, seed 0; toy 50 s. A broken run: `used` below 50/512, `masked` near 1.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
   encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked input.
@@ -38,11 +38,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def parse(text):
+    def setting(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return parse
+    return setting
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -59,14 +59,14 @@ def parse_args(argv=None):
     add("--root", default="data", help="where the data sets lie or are downloaded to")
     add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
-    add("--download", action="store_true", help="fetch those of the four collections that lack")
+    add("--download", action="store_true", help="fetch what is missing of the four collections")
     add("--mask", type=share_range, default="0.05-0.25", help="share of the area to mask, LO-HI")
     add("--mask-style", choices=("patches", "square"), default="patches", help="many, or one")
     add("--patch", type=number(int, 1, 512), default=8, help="side of a masked patch in pixels")
     add("--distort", nargs="*", choices=("rotate", "jitter", "grey"), default=[], help="quarter "
         "turns of photo and target; colours, or grey, of the input alone")
     add = p.add_argument_group("model").add_argument
-    add("--width", type=number(int, 8, 2048), default=128, help="channels of the network")
+    add("--width", type=number(int, 32, 2048), default=128, help="channels of the network")
     add("--residual-width", type=number(int, 4, 2048), default=32, help="channels within a block")
     add("--residual-blocks", type=number(int, 0, 64), default=2, help="more of them see further")
     add("--downs", type=number(int, 1, 6), default=2, help="halvings of the sides before coding")
@@ -257,7 +257,7 @@ def distort(x, kinds):
         x = mean + (x - mean) * (1 + 0.5 * u())
         light = (x * luma).sum(1, True)                                 # (B, 1, H, W)
         angle, c = 0.1 * 2 * math.pi * u(), x - light
-        ## Hue: turn the colour about the grey axis k (Rodrigues): c cos + (k x c) sin.
+        ## Hue: turn the colour about the grey axis k (Rodrigues, nearly): c cos + (k x c) sin.
         turn = (c.roll(1, 1) - c.roll(-1, 1)) / 3 ** 0.5
         x = light + (c * angle.cos() + turn * angle.sin()) * (1 + 0.5 * u())
     if "grey" in kinds:
@@ -295,7 +295,7 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
         optimizer.step()
         total = total + loss.detach()
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
-            if not math.isfinite(total.item()):
+            if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
                      f"epoch is kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
@@ -391,7 +391,7 @@ def list_items(data, root, download):
             files = [file for file in sorted(Path(kind).rglob("*"))
                      if file.suffix.lower() in Image.registered_extensions()]
             found += [(kind, "", f) for f in files] or fail(f"--data {kind}: no photos there")
-    return found
+    return found or fail(f"--data {data}: no photos")
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
@@ -402,7 +402,7 @@ def decode_photos(items, size):
     try:
         pixels = np.memmap(cache, np.uint8, "c", shape=(len(items), 3, *size))
         return torch.from_numpy(pixels), json.loads(notes.read_text())
-    except (OSError, ValueError):                      # not there yet, or cut short
+    except (FileNotFoundError, ValueError):            # not there yet, or cut short
         bad, first, twins = {}, {}, []
     def read(i):
         try:
@@ -416,7 +416,7 @@ def decode_photos(items, size):
         except Exception as error:                     # whatever a broken file can provoke
             bad[i] = str(error)
             return bytes(3 * size[0] * size[1])
-    def write(part):                                   # the notes come last: then cache is whole
+    def write(part):        # in place: another may read it; the notes come last, then it is whole
         with open(cache, "ab"), open(cache, "r+b") as file, ThreadPoolExecutor() as pool:
             for n in range(0, len(items), 4096):       # so many at most are held in memory
                 for i, pixels in enumerate(pool.map(read, range(len(items))[n:n + 4096]), n):
@@ -492,8 +492,8 @@ def open_run(args, model, optimizer):
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
-    if out.exists() and any(out.iterdir()):
-        if not any(out.glob("*best.pt")):              # the first file of a run
+    if out.exists() and any(file.name[0] != "." for file in out.iterdir()):
+        if not (out / "best.pt").exists():             # the first file of a run
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
@@ -503,7 +503,7 @@ def save_epoch(args, model, optimizer, history, best):
     out, log = Path(args.out), Path(args.out, "log.jsonl")
     rows = [json.dumps(row) + "\n" for row in history]
     if (log.read_text().splitlines(True) if log.exists() else [])[:len(rows) - 1 or 1] != rows[:-1]:
-        fail(f"{out}: another run writes there too, or it was deleted; this one ends here")
+        fail(f"{out}: another run writes there too, or the folder was deleted; this one ends")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
@@ -527,11 +527,11 @@ def run(args, out):
     settle(args, 2 ** args.downs)
     device, amp = pick_device(args.device, args.amp)
     print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
-          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
+          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
     ## 2. The photos: a tenth (2,000 at most) for validation, --frac of the others for training.
     images, index = load_photos(args)
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(SPLIT_SEED))]
-    held = min(len(index) // 10, 2000) or 1
+    held, args.photos = min(len(index) // 10, 2000) or 1, len(index)        # for --resume: the same
     val, train = index[:held], index[held:][:round(args.frac * (len(index) - held)) or 1]
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images = images if full else images.to(device)
@@ -568,7 +568,7 @@ def run(args, out):
               "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
                                          " *" if best == epoch + 1 else "", **row), flush=True)
     ## 5. Report: the best epoch's scores, and photo, masked photo, output.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "pretrain.py", "train again")["model"])
+    model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
               "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}
@@ -589,11 +589,11 @@ def main(argv=None):
         run(args, Path(args.out))
     except KeyboardInterrupt:
         kept = Path(args.out, "last.pt").exists()
-        print("\nstopped ", "--resume continues after the last epoch" if kept else "no epoch yet")
+        print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
-    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
-        if isinstance(error, OSError) or "memory" in repr(error).lower():
-            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+    except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
+        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":
     main()

@@ -45,11 +45,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def parse(text):
+    def setting(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return parse
+    return setting
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
     add = p.add_argument_group("model").add_argument
-    add("--width", type=number(int, 8, 2048), default=128, help="channels of the network")
+    add("--width", type=number(int, 32, 2048), default=128, help="channels of the network")
     add("--residual-width", type=number(int, 4, 2048), default=32, help="channels within a block")
     add("--residual-blocks", type=number(int, 0, 64), default=2, help="more of them see further")
     add("--downs", type=number(int, 1, 6), default=2, help="halvings of the sides before coding")
@@ -203,7 +203,7 @@ def summary(model, size, show):
         if show and name.count(".") < 2:       # the blocks, and the whole
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
-    return weights, total
+    return weights, total          # of the last row, the whole
 # --- loss and scores ------------------------------------------------------------------------------
 def reconstruction_loss(output, x, commitment, variance):
     """Squared error in units of the photos' own variance, so that 1 is what a grey answer of their
@@ -271,7 +271,7 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
         optimizer.step()
         total = total + loss.detach()
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
-            if not math.isfinite(total.item()):
+            if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
                      f"epoch is kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
@@ -341,7 +341,7 @@ def decode_photos(items, size):
     try:
         pixels = np.memmap(cache, np.uint8, "c", shape=(len(items), 3, *size))
         return torch.from_numpy(pixels), json.loads(notes.read_text())
-    except (OSError, ValueError):                      # not there yet, or cut short
+    except (FileNotFoundError, ValueError):            # not there yet, or cut short
         bad, first, twins = {}, {}, []
     def read(i):
         try:
@@ -355,7 +355,7 @@ def decode_photos(items, size):
         except Exception as error:                     # whatever a broken file can provoke
             bad[i] = str(error)
             return bytes(3 * size[0] * size[1])
-    def write(part):                                   # the notes come last: then cache is whole
+    def write(part):        # in place: another may read it; the notes come last, then it is whole
         with open(cache, "ab"), open(cache, "r+b") as file, ThreadPoolExecutor() as pool:
             for n in range(0, len(items), 4096):       # so many at most are held in memory
                 for i, pixels in enumerate(pool.map(read, range(len(items))[n:n + 4096]), n):
@@ -432,8 +432,8 @@ def open_run(args, model, optimizer):
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
-    if out.exists() and any(out.iterdir()):
-        if not any(out.glob("*best.pt")):              # the first file of a run
+    if out.exists() and any(file.name[0] != "." for file in out.iterdir()):
+        if not (out / "best.pt").exists():             # the first file of a run
             fail(f"--out {out}: holds something that is not a run; choose another folder")
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
@@ -443,7 +443,7 @@ def save_epoch(args, model, optimizer, history, best):
     out, log = Path(args.out), Path(args.out, "log.jsonl")
     rows = [json.dumps(row) + "\n" for row in history]
     if (log.read_text().splitlines(True) if log.exists() else [])[:len(rows) - 1 or 1] != rows[:-1]:
-        fail(f"{out}: another run writes there too, or it was deleted; this one ends here")
+        fail(f"{out}: another run writes there too, or the folder was deleted; this one ends")
     state = {"format": FORMAT, "script": Path(__file__).name, "args": vars(args),
              "epoch": len(history), "model": model.state_dict()}
     if best == len(history):
@@ -471,11 +471,11 @@ def run(args, out):
     if args.summary:
         return print("{:,} parameters, {:,} multiply-adds".format(*summary(model, args.size, True)))
     print(f"vqvae.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
-          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:.0e}  -> {out}")
+          f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
     ## 2. The photos: a tenth for validation, --frac of the others for training.
     images = load_plain(args)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held = len(images) // 10 or 1
+    held, args.photos = len(images) // 10 or 1, len(images)                 # for --resume: the same
     train = order[held:][:round(args.frac * (len(images) - held)) or 1]
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images, val = (images[part].to("cpu" if full else device) for part in (train, order[:held]))
@@ -511,7 +511,7 @@ def run(args, out):
               "{seconds:8.1f}{2}".format(args.epochs, args.codes,
                                          " *" if best == epoch + 1 else "", **row), flush=True)
     ## 5. Report: the best epoch's scores, photos beside their reconstructions, and the codes.
-    model.load_state_dict(load_checkpoint(out / "best.pt", "vqvae.py", "train again")["model"])
+    model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
               "photos": len(images), "total_seconds": sum(row["seconds"] for row in history)}
@@ -533,11 +533,11 @@ def main(argv=None):
         run(args, Path(args.out))
     except KeyboardInterrupt:
         kept = Path(args.out, "last.pt").exists()
-        print("\nstopped ", "--resume continues after the last epoch" if kept else "no epoch yet")
+        print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
-    except (OSError, MemoryError, RuntimeError) as error:      # the last is torch's, for memory too
-        if isinstance(error, OSError) or "memory" in repr(error).lower():
-            fail(error if isinstance(error, OSError) else "out of memory; halve --batch-size")
+    except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
+        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 """Odd pictures, odd numbers, odd machines: each ends well or in one line, and nothing is lost."""
-import math, os, resource, shutil, signal, struct, subprocess, zlib
+import math, os, resource, shutil, signal, struct, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import (LIGHT, SEGMENTERS, SMALL, checkpoint, drawn, load, rows,
+from conftest import (LIGHT, ROOT, SEGMENTERS, SMALL, checkpoint, drawn, load, rows,
                       start, write_folder)
 
 # The blocks under attack have the same text in every script: one with and one without labels at all
@@ -144,7 +144,8 @@ class TestNumbers:
         return ["--data", "f" if name in SEGMENTERS else "f/images"]
 
     @pytest.mark.parametrize("flags", (("--seed", 2**31), ("--batch-size", 10**6), ("--frac", 1e-6), ("--lr", 1e-9),
-                                       ("--weight-decay", 10), ("--size", 32, 64)), ids=str)
+                                       ("--weight-decay", 10), ("--size", 32, 64),
+                                       pytest.param(("--size", 1024), marks=pytest.mark.slow)), ids=str)
     def test_the_ends_of_the_ranges(self, name, flags, here):
         load(name).main([*tiny(name), *self.data(name), "--size", "64", *map(str, flags)])
         assert all(math.isfinite(row["val_loss"]) for row in rows("run"))
@@ -193,6 +194,22 @@ def test_resume_from_an_altered_checkpoint(name, change, here, refuse):
     load(name).main(argv)
     altered("run/last.pt", CHANGES[change])
     assert "last.pt" in refuse(name, *argv, "--resume")
+
+def test_a_script_under_another_name(here):
+    """A copy that somebody took along trains, resumes and ends like the original."""
+    write_folder("f", 12)
+    shutil.copy(ROOT / "unet.py", "mine.py")
+    for more in ((), ("--resume",)):
+        done = subprocess.run([sys.executable, "mine.py", *tiny("unet"), "--data", "f", *more],
+                              capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "") and "best     epoch 1" in done.stdout
+
+def test_photos_that_came_later(here, refuse):
+    """A resumed pre-training must not go on with other photos: the split would be another."""
+    write_folder("f", 12)
+    load("pretrain").main([*tiny("pretrain"), "--data", "f/images"])
+    drawn(99)[0].save("f/images/new.jpg")
+    assert "--photos 13 (was 12)" in refuse("pretrain", *tiny("pretrain"), "--data", "f/images", "--resume")
 
 def test_weights_that_are_nan(here, refuse):
     write_folder("f", 12)
@@ -324,7 +341,9 @@ def test_stopped_while_decoding(name, here, monkeypatch, capsys, signal_):
     write_folder("f", 12)
     m = load(name)
     monkeypatch.setattr(m, "progress", lambda text: os.kill(os.getpid(), signal_))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
     with pytest.raises(SystemExit) as stop:
         m.main([*tiny(name), "--data", "f" if name in SEGMENTERS else "f/images"])
+    signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and "no epoch yet" in capsys.readouterr().out
     assert not Path("run").exists() and not list(Path(".").rglob(".[0-9]*"))

@@ -236,3 +236,27 @@ def test_killed_at_any_moment(name, argv, here, kills):
     assert same_weights(checkpoint("run/last.pt")["model"], checkpoint("straight/last.pt")["model"])
     assert not list(Path("run").glob(".*"))
     assert all(file.read_bytes() == content for file, content in caches.items())
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", (4, pytest.param(40, marks=pytest.mark.slow)))
+def test_killed_while_evaluating(argv, kills):
+    """Scores and pictures are the old or the new ones, and the next call gives the same scores."""
+    load("unet").main(argv("unet", "--out", "run", "--epochs", "1"))
+    words, began = ["run", "--as-published", "--json", "scores.json"], time.monotonic()
+    load("evaluate").main(words)
+    length, g = time.monotonic() - began, random.Random(kills)
+    scores = [record["scores"] for record in json.loads(Path("scores.json").read_text())]
+    for number in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                load("evaluate").main(words)
+            finally:
+                os._exit(0)
+        time.sleep(g.uniform(0, length))
+        os.kill(child, g.choice((signal.SIGKILL, signal.SIGINT)))
+        os.waitpid(child, 0)
+        whole("run")
+        assert [record["scores"] for record in json.loads(Path("scores.json").read_text())] == scores
+    load("evaluate").main(words)
+    assert [record["scores"] for record in json.loads(Path("scores.json").read_text())] == scores

@@ -180,13 +180,13 @@ def test_take_over_refuses_other_widths(inside, capsys):
     assert stop.value.code == 2 and "encoder.0.weight" in capsys.readouterr().err
 
 def test_widths_come_from_the_checkpoint(here, capsys):
-    load("pretrain").main("--width 16 --residual-width 8 --residual-blocks 1 --downs 3 --size 16 --frac 0.02 "
+    load("pretrain").main("--width 32 --residual-width 8 --residual-blocks 1 --downs 3 --size 16 --frac 0.02 "
                           "--epochs 1".split())
     capsys.readouterr()
     load("finetune").main("--frac 0.1 --size 16 --epochs 1".split())
     out = capsys.readouterr().out
     state = checkpoint("checkpoints/finetune/best.pt")["model"]
-    assert state["encoder.0.weight"].shape == (4, 3, 4, 4) and "checkpoints/pretrain/best.pt" in out
+    assert state["encoder.0.weight"].shape == (8, 3, 4, 4) and "checkpoints/pretrain/best.pt" in out
     load("evaluate").main([])
     assert "checkpoints/finetune" in capsys.readouterr().out
 
@@ -235,7 +235,7 @@ def test_a_folder_from_end_to_end(here, layout, request, capsys, tmp_path):
 
 def test_pets_from_end_to_end(here, pets, capsys, tmp_path):
     load("pretrain").main(["--data", "pets", "--root", str(pets), "--size", "16", "--epochs", "1",
-                           "--batch-size", "8", "--width", "16"])
+                           "--batch-size", "8", "--width", "32"])
     load("finetune").main(["--root", str(pets), "--size", "16", "--epochs", "1", "--batch-size", "8"])
     assert "data     pets: train 35  val 5" in capsys.readouterr().out       # auto finds them
     record, = evaluated(tmp_path / "s.json")
@@ -244,7 +244,7 @@ def test_pets_from_end_to_end(here, pets, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags", ("--distort rotate jitter grey --mask-style square --mask 0.0025-0.0625", "--patch 5"))
 def test_pretraining_flags(here, flags):
-    load("pretrain").main(f"{flags} --size 16 --frac 0.02 --epochs 1 --width 16 --batch-size 16".split())
+    load("pretrain").main(f"{flags} --size 16 --frac 0.02 --epochs 1 --width 32 --batch-size 16".split())
     row, = rows("checkpoints/pretrain")
     assert row["loss"] > 0 and 0 < row["val_used"] <= 512
 
