@@ -224,7 +224,9 @@ def run_child(args, command, env):
         for line in child.stdout:
             log.write(line)
             last = line.strip() or last
-    if child.wait() not in (0, 130, -signal.SIGINT):
+    if child.wait() and "another run writes there" in last:
+        return run_child(args, command, env)           # a child of a killed call was still at it
+    if child.returncode not in (0, 130, -signal.SIGINT):
         raise RuntimeError(f"{shlex.join(command)}: {last} (all of it in {folder}.log)")
     return child.returncode
 def run_all(args, commands):

@@ -1,6 +1,6 @@
 """experiments.py: fair plans, nothing run twice, tables from records; the children are stubs but for
 the slow test."""
-import json, math, re, signal, subprocess, sys, time
+import json, math, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -193,6 +193,26 @@ def test_chart_shows_every_point():
     assert "nan" not in e.chart("one point", {"a": [(1, 0.5, 0)]}, "x")
 
 # --- real children ----------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_grid_survives_kills(tmp_path, kills=12):
+    """Killed and stopped at random moments: what is finished is never done again, and the end is reached,
+    also where a child of the killed call is still training when the next call begins."""
+    words = "pretraining --data toy --size 16 --epochs 1 --pretrain-epochs 1 --seeds 1".split()
+    g, done = random.Random(kills), {}
+    def finished():
+        return {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoints/experiments/*/result.json")}
+    for number in range(kills + 1):
+        child = start("experiments", *words, cwd=tmp_path)
+        if number < kills:
+            time.sleep(g.uniform(2, 12))
+            child.send_signal(g.choice((signal.SIGINT, signal.SIGKILL)))
+        out, err = child.communicate(timeout=600)
+        assert child.returncode in (0, 130, -9, -2) and "Traceback" not in err, out + err
+        assert {p: finished()[p] for p in done} == done
+        done = finished()
+    assert child.returncode == 0 and len(done) == 6
+    assert len(json.loads((tmp_path / "checkpoints/experiments/results.json").read_text())) == 4
 
 @pytest.mark.slow
 def test_quick_survives_a_stop_and_a_kill(tmp_path):
