@@ -259,6 +259,13 @@ def progress(text):
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
 # --- labelled data --------------------------------------------------------------------------------
+def subset(breeds, share):
+    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
+    g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
+    for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
+        seen[breeds[i]] += 1
+    return sorted(lists[0]), sorted(lists[1])
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -284,13 +291,6 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-def subset(breeds, share):
-    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
-    g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
-    for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
-        seen[breeds[i]] += 1
-    return sorted(lists[0]), sorted(lists[1])
 def pet_files(root, part):
     """Oxford-IIIT Pet, official split, a tenth of trainval for validation -> pairs, breeds."""
     base = Path(root, "oxford-iiit-pet")
@@ -463,7 +463,7 @@ def all_scores(counts, soft, names, breeds, as_published):
     out = class_scores(counts, names)
     out |= pet_scores(counts, breeds) if names == PETS else {}
     return out | (published_scores(counts, soft, names) if as_published else {})
-def run(args):
+def evaluate(args):
     ## 1. The programs: those named, or every finished run.
     paths = [Path(run, "model.pt2") if Path(run).is_dir() else Path(run) for run in args.runs] or \
         [path for path in sorted(Path("checkpoints").glob("*/model.pt2"))
@@ -530,9 +530,9 @@ def run(args):
     print("\npictures overlay.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
 def main(argv=None):
-    """run, with one line in the place of a traceback where the machine gives out."""
+    """evaluate, with one line in the place of a traceback where the machine gives out."""
     try:
-        run(parse_args(argv))
+        evaluate(parse_args(argv))
     except KeyboardInterrupt:
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too

@@ -412,6 +412,7 @@ def page(records):
     return f"<!doctype html><meta charset=utf-8><title>Experiments</title><style>{STYLE}</style>" \
         f"<h1>What was the pre-training worth?</h1>{''.join(parts)}"
 # --- main -----------------------------------------------------------------------------------------
+
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -436,7 +437,7 @@ def estimate(args, commands):
     if not {command[0] for command in commands} <= rate.keys():
         return None
     return sum(statistics.median(rate[command[0]]) * amount(command) for command in commands)
-def run(args):
+def experiment(args):
     if args.table:
         try:
             records = json.loads(Path(args.table).read_text())
@@ -498,11 +499,11 @@ def run(args):
         save(out / name, lambda file: file.write_text(text, encoding="utf-8"))
     print(f"\n{tables}\nresults  {out}/results.json, results.md, report.html")
 def main(argv=None):
-    """run, with one line in the place of a traceback where a child or the machine gives out."""
+    """experiment, with one line for a traceback where a child or the machine gives out."""
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
-        run(args)
+        experiment(args)
     except KeyboardInterrupt:
         print("\nstopped  what is finished is kept: the same command goes on from there")
         raise SystemExit(130)

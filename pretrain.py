@@ -200,6 +200,9 @@ def perplexity(use):
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 # --- training -------------------------------------------------------------------------------------
+def to_float(images):
+    """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
+    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def pick_device(name, amp):
     """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -216,9 +219,6 @@ def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
-def to_float(images):
-    """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
-    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -324,6 +324,7 @@ def check(model, images, index, variance, args, amp=False):
             "masked": masked / variance, "mean_fill": fill / variance,
             "perplexity": perplexity(use), "used": int((use > 0).sum())}
 # --- unlabelled data ------------------------------------------------------------------------------
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -452,6 +453,16 @@ def load_photos(args):
         fail(f"--data {args.data}: {len(taken)} readable photos, two are needed")
     return images, torch.tensor(sorted(taken))
 # --- checkpoints ----------------------------------------------------------------------------------
+def load_checkpoint(path, script, hint):
+    """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (state["script"], state["format"]) == (script, FORMAT):
+            return state
+        problem = f"is not of {script}, format {FORMAT}"
+    except Exception as error:                         # truncated, or something else entirely
+        problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
+    fail(f"{path}: {problem}; {hint}")
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -464,16 +475,6 @@ def save(path, write):
     finally:
         if temporary.exists():
             temporary.unlink()
-def load_checkpoint(path, script, hint):
-    """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if (state["script"], state["format"]) == (script, FORMAT):
-            return state
-        problem = f"is not of {script}, format {FORMAT}"
-    except Exception as error:                         # truncated, or something else entirely
-        problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
-    fail(f"{path}: {problem}; {hint}")
 def open_run(args, model, optimizer):
     """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
     optimizer -> rows of the epochs so far, number of the best."""
@@ -519,7 +520,7 @@ def draw_samples(path, *columns):
     page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
     save(path, lambda f: page.save(f, "PNG"))
 # --- main -----------------------------------------------------------------------------------------
-def run(args, out):
+def pretrain_vqvae(args, out):
     ## 1. The settings.
     if args.data == "auto":
         found = any(Path(args.root, name).is_dir() for name in ("cifar-10-batches-py", *URLS))
@@ -582,11 +583,11 @@ def run(args, out):
           "{val_mean_fill:.4f}  perplexity {val_perplexity:.0f}  used {val_used}  {0}  {1:.0f} s"
           .format(out / "best.pt", result["total_seconds"], **row))
 def main(argv=None):
-    """run, with one line in the place of a traceback where the machine gives out."""
+    """pretrain_vqvae, with one line in the place of a traceback where the machine gives out."""
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
-        run(args, Path(args.out))
+        pretrain_vqvae(args, Path(args.out))
     except KeyboardInterrupt:
         kept = Path(args.out, "last.pt").exists()
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")

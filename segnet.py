@@ -191,6 +191,9 @@ def scores(counts, classes):
     return {"accuracy": (both.sum() / counts.sum()).item(), "miou": means[0].item(),
             "dice": means[1].item(), "iou": iou.nan_to_num().tolist()}
 # --- training -------------------------------------------------------------------------------------
+def to_float(images):
+    """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
+    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def pick_device(name, amp):
     """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -207,9 +210,6 @@ def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
-def to_float(images):
-    """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
-    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -320,6 +320,13 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
                                                   for picture in (x, seen, model.eval()(seen))))
     print(f"best     epoch {best}  python segnet.py --init {args.out}/best.pt goes on from it")
 # --- labelled data --------------------------------------------------------------------------------
+def subset(breeds, share):
+    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
+    g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
+    for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
+        seen[breeds[i]] += 1
+    return sorted(lists[0]), sorted(lists[1])
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -345,13 +352,6 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-def subset(breeds, share):
-    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
-    g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
-    for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
-        seen[breeds[i]] += 1
-    return sorted(lists[0]), sorted(lists[1])
 def pet_files(root, part):
     """Oxford-IIIT Pet, official split, a tenth of trainval for validation -> pairs, breeds."""
     base = Path(root, "oxford-iiit-pet")
@@ -445,6 +445,16 @@ def load_unlabelled(data, root, part, size, ignore):
         images = torch.from_numpy(np.stack([read(files[i]) for i in keep])).movedim(3, 1)
     return images, images[:, 0], [""] * len(images), ["red", "green", "blue"]   # masks mean nothing
 # --- checkpoints ----------------------------------------------------------------------------------
+def load_checkpoint(path, script, hint):
+    """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (state["script"], state["format"]) == (script, FORMAT):
+            return state
+        problem = f"is not of {script}, format {FORMAT}"
+    except Exception as error:                         # truncated, or something else entirely
+        problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
+    fail(f"{path}: {problem}; {hint}")
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -457,16 +467,6 @@ def save(path, write):
     finally:
         if temporary.exists():
             temporary.unlink()
-def load_checkpoint(path, script, hint):
-    """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if (state["script"], state["format"]) == (script, FORMAT):
-            return state
-        problem = f"is not of {script}, format {FORMAT}"
-    except Exception as error:                         # truncated, or something else entirely
-        problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
-    fail(f"{path}: {problem}; {hint}")
 def open_run(args, model, optimizer):
     """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
     optimizer -> rows of the epochs so far, number of the best."""
@@ -512,7 +512,7 @@ def draw_samples(path, *columns):
     page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
     save(path, lambda f: page.save(f, "PNG"))
 # --- main -----------------------------------------------------------------------------------------
-def run(args, out):
+def train_segnet(args, out):
     ## 1. The settings hang on the data.
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
@@ -583,11 +583,11 @@ def run(args, out):
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
 def main(argv=None):
-    """run, with one line in the place of a traceback where the machine gives out."""
+    """train_segnet, with one line in the place of a traceback where the machine gives out."""
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
-        run(args, Path(args.out))
+        train_segnet(args, Path(args.out))
     except KeyboardInterrupt:
         kept = Path(args.out, "last.pt").exists()
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
