@@ -46,6 +46,9 @@ def sentences():
             f"{run['multiply_adds'] / 1e9:.2f} G | {run['train_images_per_second']:.0f} | {scores['accuracy']:.3f} | "
             f"{scores['miou']:.3f} | " + " | ".join(f"{each[c]['iou']:.3f}" for c in ("pet", "background", "border")) + " |")
         yield run["command"].split()[1], f"pets mIoU {scores['miou']:.3f} ({run['size'][0]} px"
+        if run["name"].startswith("SegNet"):
+            yield "README.md", (f"accuracy of {scores['accuracy']:.3f}, scores {scores['D2_dice']:.3f} and "
+                                f"{scores['D2_iou']:.3f} when it is measured")
     for run in read("toy_baselines"):
         yield run["command"].split()[1], f"Toy mIoU {run['scores']['miou']:.3f} ({run['total_seconds']:.0f} s)"
     four, five = (run["scores"]["miou"] for run in read("segnet_stages"))
