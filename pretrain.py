@@ -278,7 +278,7 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
         ## can be learned by heart.
         x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
         if "rotate" in args.distort:
-            x = x.rot90(int(torch.randint(4, ())), (2, 3))
+            x = x.rot90(int(torch.randint(4, ())) * (1 + (x.shape[2] != x.shape[3])), (2, 3))
         keep = draw_masks(batch, x.shape[2:], *args.mask, args.patch, args.mask_style).to(device)
         seen = torch.where(keep, distort(x, args.distort), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -56,6 +56,20 @@ def test_both_arms_take_as_many_steps(data):
             args.pretrain_epochs * unlabelled + args.epochs * labelled, rel=0.05)
         assert longer["like"] == other["label"]
 
+def test_half_of_the_photos_as_many_steps():
+    args = settled("--data", "pets")
+    whole, half = [a for a in e.plan("pretraining", args) if a["label"] in ("all", "half")]
+    share, epochs = (lambda a, name: float(flag(e.pretraining_of(args, a, 0), name, 1))), "--epochs"
+    assert share(half, "--frac") == 0.5 and share(half, epochs) == 2 * share(whole, epochs) == 2 * args.pretrain_epochs
+
+def test_quick_keeps_to_drawn_pets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("camvid", "drive", "puzzle"):
+        Path("data", name).mkdir(parents=True)
+    e.main(["quick", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "--data toy" in out and not {"camvid", "drive", "puzzle"} & {word.rpartition("/")[2] for word in out.split()}
+
 def test_the_control_has_as_many_photos_as_the_imbalanced_set():
     """Of 3,310 training photos, a tenth of each breed being held back."""
     cats, dogs, kept = 12, 25, 3

@@ -113,6 +113,14 @@ def test_rotation_turns_photo_and_target_alike():
         corners.add(tuple(spy.seen[0][0, 0, ::31, ::31].flatten().tolist()))
     assert corners == {(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)}
 
+def test_rotation_of_a_rectangle_stays_a_rectangle():
+    photo = torch.zeros(1, 3, 16, 32).byte()
+    args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3"])
+    for number in range(8):
+        spy = Spy()
+        m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, number, False)
+        assert spy.seen[0].shape == (1, 3, 16, 32)
+
 # --- colours --------------------------------------------------------------------------------------
 
 def test_distort_leaves_shape_and_range():

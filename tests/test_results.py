@@ -46,6 +46,8 @@ def sentences():
             f"{run['multiply_adds'] / 1e9:.2f} G | {run['train_images_per_second']:.0f} | {scores['accuracy']:.3f} | "
             f"{scores['miou']:.3f} | " + " | ".join(f"{each[c]['iou']:.3f}" for c in ("pet", "background", "border")) + " |")
         yield run["command"].split()[1], f"pets mIoU {scores['miou']:.3f} ({run['size'][0]} px"
+        if run["name"].startswith("LinkNet"):
+            yield "README.md", f"are {scores['D3_dice']:.3f} and {scores['D3_iou']:.3f} for the LinkNet of the table"
         if run["name"].startswith("SegNet"):
             yield "README.md", (f"accuracy of {scores['accuracy']:.3f}, scores {scores['D2_dice']:.3f} and "
                                 f"{scores['D2_iou']:.3f} when it is measured")
