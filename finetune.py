@@ -90,6 +90,7 @@ class Residual(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
+        nn.init.zeros_(self[3].weight)                        # a new block is x and nothing more
     def forward(self, x):
         return x + super().forward(x)
 def over_ranks(x):
@@ -146,15 +147,6 @@ class Quantiser(nn.Module):
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
         self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
-def start(layer):
-    """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
-    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in.
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
-        nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
-        nn.init.zeros_(layer.bias)
-    elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -175,7 +167,9 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        self.apply(start)
+        ## No layer normalises, so the weights must keep the variance (He et al. 2015).
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0

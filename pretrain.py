@@ -3,16 +3,15 @@ WHAT IT DOES    Photos (B, 3, H, W) with grey patches go in, whole photos come o
   must be guessed from its surroundings (Pathak et al. 2016, He et al. 2022), through the discrete
   codes of a VQ-VAE (van den Oord et al. 2017). finetune.py takes over what the network learned.
 YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
-  - how to mask a share of the area -> draw_masks; why masked places are kept out of the codebook,
-    which would spend its codes on grey -> VQVAE.forward, Quantiser.revive
+  - how to mask -> draw_masks; why the codebook must not see masked places -> VQVAE.forward
   - how to tell that it fills in rather than copies -> check, mean_fill
 RUN IT          python pretrain.py --mask 0.05-0.25           with --resume it goes on
+                torchrun --nproc-per-node 2 pretrain.py       two GPUs, or a CPU in two halves
 WHAT TO EXPECT  README's photos, 5 epochs: masked 0.307 (mean colour 0.831), perplexity 387; 31 min,
   2 CPU cores, torch 2.15, seed 0; toy 50 s. A broken run: `used` below 50/512, `masked` near 1.
-DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
-  encoder runs away from slow codes. Unused codes move to data. He's first weights. Masked input.
+DIFFERS FROM THE PAPER  The codebook forgets faster (0.9, not 0.99), unused codes move to data.
 """
-import argparse, hashlib, json, math, os, shutil, signal, sys, time
+import argparse, atexit, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -92,6 +91,7 @@ class Residual(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
+        nn.init.zeros_(self[3].weight)                        # a new block is x and nothing more
     def forward(self, x):
         return x + super().forward(x)
 def over_ranks(x):
@@ -148,15 +148,6 @@ class Quantiser(nn.Module):
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
         self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
-def start(layer):
-    """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
-    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in.
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
-        nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
-        nn.init.zeros_(layer.bias)
-    elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -177,7 +168,9 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        self.apply(start)
+        ## No layer normalises, so the weights must keep the variance (He et al. 2015).
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
@@ -189,14 +182,11 @@ def squared_error(output, x, where):
     """Sum of squared errors over the pixels `where` (B, 1, H, W), number of values: (2,)."""
     return torch.stack([((output.float() - x).square() * where).sum(), where.sum() * x.shape[1]])
 def mean_fill(x, keep):
-    """The trivial answer: every masked pixel gets the mean colour of its photo's visible ones."""
-    ## A network that only copies what it sees does no better than this on what it does not see.
+    """What a network that only copies may hope for: masked pixels get the mean visible colour."""
     colour = (x * keep).sum((2, 3), True) / keep.sum((2, 3), True).clamp(min=1)     # (B, 3, 1, 1)
     return torch.where(keep, x, colour)
 def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
-    ## Entropy says how many bits the choice of a code carries; 2 to that power (here e, for nats)
-    ## is the size of a codebook of which all entries are used alike and that carries as much.
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 # --- training -------------------------------------------------------------------------------------
@@ -215,6 +205,20 @@ def pick_device(name, amp):
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, amp and device.type == "cpu" and fast
+def join_ranks(args):
+    """Under torchrun: join its processes, each with a GPU of its own -> rank, number of ranks."""
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1:
+        if args.batch_size % ranks:
+            fail(f"--batch-size {args.batch_size}: wanted a multiple of the {ranks} ranks")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        sys.excepthook = lambda kind, error, _: print(f"pretrain.py: error: rank {rank}: {error}; "
+            "the last whole epoch is kept, --resume goes on", file=sys.stderr)
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # 0 speaks for all
+    return rank, ranks
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
@@ -228,65 +232,62 @@ def share_range(text):
     if not 0 <= float(low) <= float(high or "nan") <= 0.95:
         raise argparse.ArgumentTypeError(f"{text} is not LO-HI with 0 <= LO <= HI <= 0.95")
     return [float(low), float(high)]
-def draw_masks(B, size, low, high, patch, style, g=None):
-    """B masks that hide a share of the area drawn from [low, high] -> (B, 1, H, W) bool, True where
+def draw_masks(B, args, g=None):
+    """B masks that hide a share of the area in args.mask, LO to HI -> (B, 1, H, W) bool, True where
     the photo stays visible. Drawn on the CPU, whatever the device."""
-    H, W = size
+    (H, W), (low, high), patch = args.size, args.mask, args.patch
     share = low + (high - low) * torch.rand(B, generator=g)
-    if style == "square":                # one square, as in the projects this one follows
+    if args.mask_style == "square":      # one square, as in the projects this one follows
         side = (share * H * W).sqrt().clamp(max=min(H, W)).round()[:, None]            # (B, 1)
         top, left = torch.rand(2, B, 1, generator=g) * (torch.tensor([H, W]).view(2, 1, 1) - side)
         y, x = torch.arange(H) - top.round(), torch.arange(W) - left.round()        # (B, H), (B, W)
-        inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None]
-        return ~inside[:, None]
+        rows, columns = (y >= 0) & (y < side), (x >= 0) & (x < side)
+        return ~(rows[:, None, :, None] & columns[:, None, None])
     h, w = -(-H // patch), -(-W // patch)
-    ## A grid of patches, each with a random rank: those of the lowest ranks are hidden.
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
-    rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)                  # a random order
+    rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)       # low ranks: hidden
     keep = (rank >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
-def distort(x, kinds):
-    """Change the colours of x (B, 3, H, W) in [0, 1]. "jitter": brightness, contrast, saturation by
-    up to half, hue by up to a tenth of the circle. "grey": a fifth of the photos."""
-    B, device = len(x), x.device
-    u = lambda: (torch.rand(B, 1, 1, 1) * 2 - 1).to(device)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(1, 3, 1, 1)
+def distort(x, dice, kinds):
+    """Change the colours of x (B, 3, H, W) in [0, 1] as dice (5, B, 1, 1, 1) fell. "jitter": light,
+    contrast, saturation by up to half, hue by up to a tenth of the circle. "grey": every fifth."""
+    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+    brightness, contrast, saturation, hue = 0.5 + dice[:4]              # from 0.5 to 1.5
     if "jitter" in kinds:
-        x = x * (1 + 0.5 * u())
+        x = x * brightness
         mean = (x * luma).sum(1, True).mean((2, 3), True)
-        x = mean + (x - mean) * (1 + 0.5 * u())
+        x = mean + (x - mean) * contrast
         light = (x * luma).sum(1, True)                                 # (B, 1, H, W)
-        angle, c = 0.1 * 2 * math.pi * u(), x - light
+        angle, c = 0.4 * math.pi * (hue - 1), x - light
         ## Hue: turn the colour about the grey axis k (Rodrigues, nearly): c cos + (k x c) sin.
         turn = (c.roll(1, 1) - c.roll(-1, 1)) / 3 ** 0.5
-        x = light + (c * angle.cos() + turn * angle.sin()) * (1 + 0.5 * u())
+        x = light + (c * angle.cos() + turn * angle.sin()) * saturation
     if "grey" in kinds:
-        x = torch.where(torch.rand(B, 1, 1, 1).to(device) < 0.2, (x * luma).sum(1, True), x)
+        x = torch.where(dice[4] < 0.2, (x * luma).sum(1, True), x)
     return x.clamp(0, 1)
-def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
-    """One pass over images[index] -> mean loss, images a second."""
+def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, rank, ranks):
+    """One pass over images[index], of each batch the part of this rank -> mean loss, images/s."""
     model.train()
     torch.manual_seed(args.seed * 100003 + epoch)      # all that is random here: resume is exact
-    batch = min(args.batch_size, len(index))
+    batch = min(args.batch_size, len(index) // ranks * ranks)
     steps = len(index) // batch                        # an incomplete last batch is left out
+    own = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
     order = index[torch.randperm(len(index))].to(images.device)
     device, total, began = next(model.parameters()).device, 0.0, time.perf_counter()
     for step in range(steps):
-        x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))    # clean target
-        ## A cat in a mirror is a cat: half of the photos are mirrored, each time anew, and masks
-        ## are drawn anew as well. So no two passes show the network the same gaps, and nothing
-        ## can be learned by heart.
-        x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
+        x = to_float(images[order[step * batch:][own]].to(device))              # clean target
+        dice = torch.rand(6, batch, 1, 1, 1)[:, own].to(device)       # as if there were one rank
+        keep = draw_masks(batch, args)[own].to(device)
+        ## A cat in a mirror is a cat. Mirrors and masks are new in each pass: no learning by heart.
+        x = torch.where(dice[0] < 0.5, x, x.flip(3))
         if "rotate" in args.distort:
             x = x.rot90(int(torch.randint(4, ())) * (1 + (x.shape[2] != x.shape[3])), (2, 3))
-        keep = draw_masks(batch, x.shape[2:], *args.mask, args.patch, args.mask_style).to(device)
-        seen = torch.where(keep, distort(x, args.distort), FILL)
+        seen = torch.where(keep, distort(x, dice[1:], args.distort), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
         ## The target is the photo as it was: what is hidden must be guessed from what is not. Had
         ## the mask been written into x itself, copying the grey patches would be a perfect answer,
-        ## and there would be nothing to learn from them. (The student project whose masked
-        ## pre-training is done again here did just that.)
+        ## and there would be nothing to learn from them. (One of the student projects did that.)
         loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -300,7 +301,7 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp):
                      f"epoch is kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
-    return total.item() / steps, speed
+    return over_ranks(total[None]).mean().item() / steps, speed
 @torch.inference_mode()
 def check(model, images, index, variance, args, amp=False):
     """The photos images[index] under masks that never change -> loss, squared error of all, of
@@ -309,8 +310,7 @@ def check(model, images, index, variance, args, amp=False):
     use, sums = torch.zeros(len(model.quantiser.codes), device=device), 0
     for part in index.split(64):
         x = to_float(images[part.to(images.device)].to(device))
-        keep = draw_masks(len(x), x.shape[2:], *args.mask, args.patch, args.mask_style, g)
-        keep = keep.to(device)
+        keep = draw_masks(len(x), args, g).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, ids = model(torch.where(keep, x, FILL), keep)
         sums = sums + torch.stack([
@@ -350,49 +350,45 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-URLS = {"Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
-        "cats_and_dogs_filtered": "https://storage.googleapis.com/mledu-datasets/"
-                                  "cats_and_dogs_filtered.zip",
-        "PetImages": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-"
-                     "6DEBA77B919F/kagglecatsanddogs_5340.zip"}       # CIFAR-10: by torchvision
+COLLECTIONS = {                  # archive, and where its photos lie; CIFAR-10 is torchvision's
+    "Stanford Dogs": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar Images/*/*.jpg",
+    "Google filtered": "https://storage.googleapis.com/mledu-datasets/cats_and_dogs_filtered.zip "
+                       "cats_and_dogs_filtered/*/*s/*.jpg",
+    "Microsoft": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-"
+                 "6DEBA77B919F/kagglecatsanddogs_5340.zip PetImages/*/*.jpg"}
 def catdog_items(root, download):
     """The four collections under root -> [(source, "cat" or "dog", file, or CIFAR's array)]."""
     root, found = Path(root), []
-    if download or (root / "cifar-10-batches-py").is_dir():
-        from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import download_and_extract_archive
-        try:
-            for name, url in URLS.items() if download else []:
-                if not (root / name).is_dir():
-                    download_and_extract_archive(url, root)
+    try:
+        if download or (root / "cifar-10-batches-py").is_dir():
+            from torchvision.datasets import CIFAR10, utils
             cifar = CIFAR10(root, train=True, download=download)
-        except Exception as error:
-            fail(f"catdog: {error}; unpack it by hand under {root}, or go on without --download")
-        found += [("CIFAR-10", {3: "cat", 5: "dog"}[label], cifar.data[i])
-                  for i, label in enumerate(cifar.targets) if label in (3, 5)]
-    for source, pattern in (("Stanford Dogs", "Images/*/*.jpg"),
-                            ("Google filtered", "cats_and_dogs_filtered/*/*s/*.jpg"),
-                            ("Microsoft", "PetImages/*/*.jpg")):
-        found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
-                  for file in sorted(root.glob(pattern))]
+            found += [("CIFAR-10", {3: "cat", 5: "dog"}[label], image) for image, label in
+                      zip(cifar.data, cifar.targets) if label in (3, 5)]
+        for source, (url, pattern) in ((s, both.split()) for s, both in COLLECTIONS.items()):
+            if download and not (root / pattern.split("/")[0]).is_dir():
+                utils.download_and_extract_archive(url, root)
+            found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
+                      for file in sorted(root.glob(pattern))]
+    except Exception as error:
+        fail(f"catdog: {error}; unpack it by hand under {root}, or go on without --download")
     return found or fail(f"catdog: none of the four collections lies under {root}; try --download")
 def list_items(data, root, download):
     """A kind of photos, or several joined by + -> [(source, species or "", item)]."""
-    found, base = [], Path(root, "oxford-iiit-pet")
+    found, base, names = [], Path(root, "oxford-iiit-pet"), "annotations/trainval.txt"
     for kind in data.split("+"):
         if kind == "catdog":
             found += catdog_items(root, download)
         elif kind == "pets":
-            if not (base / "annotations/trainval.txt").exists():
+            if not (base / names).exists():
                 fail(f"pets: not in {base}; python finetune.py --init none --data pets gets them")
-            lines = (base / "annotations/trainval.txt").read_text().splitlines()
-            found += [(kind, "", base / f"images/{line.split()[0]}.jpg")
-                      for line in lines if line and line[0] != "#"]
+            found += [(kind, "", base / f"images/{line.split()[0]}.jpg") for line in
+                      (base / names).read_text().splitlines() if line and line[0] != "#"]
         else:
             files = [file for file in sorted(Path(kind).rglob("*"))
                      if file.suffix.lower() in Image.registered_extensions()]
             found += [(kind, "", f) for f in files] or fail(f"--data {kind}: no photos there")
-    return found or fail(f"--data {data}: no photos")
+    return found
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
@@ -442,10 +438,9 @@ def load_photos(args):
         taken += [kind[i] for i in torch.randperm(len(kind), generator=g).tolist()[:most]]
     print(f"{'source':18}{'cats':>8}{'dogs':>8}{'others':>8}{'broken':>8}{'copies':>8}{'taken':>8}")
     for source in dict.fromkeys(s for s, _, _ in found):
-        own = [i for i, item in enumerate(found) if item[0] == source]
+        own = {i for i, item in enumerate(found) if item[0] == source}
         counts = [sum(found[i][1] == kind for i in own) for kind in ("cat", "dog", "")]
-        counts += [sum(str(i) in notes["bad"] for i in own), len(set(notes["twins"]) & set(own)),
-                   len(set(taken) & set(own))]
+        counts += [len(own & {*part}) for part in (map(int, notes["bad"]), notes["twins"], taken)]
         print(f"{source:18}" + "".join(f"{count:8}" for count in counts))
     for i, reason in list(notes["bad"].items())[:3]:
         print(f"skipped  {found[int(i)][2]}: {reason}")
@@ -523,10 +518,11 @@ def draw_samples(path, *columns):
 def pretrain_vqvae(args, out):
     ## 1. The settings.
     if args.data == "auto":
-        found = any(Path(args.root, name).is_dir() for name in ("cifar-10-batches-py", *URLS))
-        args.data = "catdog" if found or args.download else "toy"
+        found = [Path(args.root, name).is_dir() for name in
+                 ("cifar-10-batches-py", "Images", "cats_and_dogs_filtered", "PetImages")]
+        args.data = "catdog" if any(found) or args.download else "toy"
     settle(args, 2 ** args.downs)
-    device, amp = pick_device(args.device, args.amp)
+    (rank, ranks), (device, amp) = join_ranks(args), pick_device(args.device, args.amp)
     print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
     ## 2. The photos: a tenth (2,000 at most) for validation, --frac of the others for training.
@@ -548,26 +544,31 @@ def pretrain_vqvae(args, out):
     baseline = check(model, images, val, variance, args, amp)["mean_fill"]
     print(f"baseline mean colour: error of masked pixels {baseline:.4f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    history, best = open_run(args, model, optimizer)
+    history, best = open_run(args, model, optimizer) if rank == 0 or args.resume else ([], 0)
     if args.compile:
         model.compile()
+    shared = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     ## 4. Train; the best epoch is the one with the lowest loss on the validation photos.
     print("   epoch    loss  val_loss   error  masked perplexity     used       lr   img/s     sec")
     for epoch in range(len(history), args.epochs):
         began = time.perf_counter()
-        loss, speed = pretrain_epoch(model, images, train, variance, optimizer, args, epoch, amp)
+        loss, speed = pretrain_epoch(shared, images, train, variance, optimizer, args, epoch, amp,
+                                     rank, ranks)
         seen = check(model, images, val, variance, args, amp)
         row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
                "seconds": time.perf_counter() - began, "memory_gb":
                torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
         best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
-        save_epoch(args, model, optimizer, [*history, row], best)
+        if rank == 0:
+            save_epoch(args, model, optimizer, [*history, row], best)
         history.append(row)
         print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_masked:8.4f}"
               "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
               "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
                                          " *" if best == epoch + 1 else "", **row), flush=True)
+    if rank > 0:
+        return
     ## 5. Report: the best epoch's scores, and photo, masked photo, output.
     model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     row = history[best - 1]
@@ -575,8 +576,7 @@ def pretrain_vqvae(args, out):
               "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     x = to_float(images[val[:8].to(images.device)].to(device))
-    g = torch.Generator().manual_seed(SPLIT_SEED)
-    keep = draw_masks(len(x), args.size, *args.mask, args.patch, args.mask_style, g).to(device)
+    keep = draw_masks(len(x), args, torch.Generator().manual_seed(SPLIT_SEED)).to(device)
     pictures = x, torch.where(keep, x, FILL), model.eval()(torch.where(keep, x, FILL))[0].detach()
     draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in pictures))
     print("best     epoch {epoch}  error {val_error:.4f}  masked {val_masked:.4f}, mean colour "

@@ -7,7 +7,7 @@ WHAT IT DOES    Photos (B, 3, H, W) go in, the same photos come out, and on the 
 YOU WILL LEARN
   - how a lookup that has no gradient is trained all the same -> Quantiser.forward
   - how a codebook learns without an optimiser -> Quantiser.follow
-  - why codebooks collapse, and what keeps this one alive -> Quantiser.revive, start
+  - why codebooks collapse, and what keeps this one alive -> Quantiser.revive
   - how to read perplexity: 512 if all codes are used alike, 1 if only one is -> perplexity
 RUN IT          python vqvae.py
                 python vqvae.py --data pets --resume
@@ -96,8 +96,10 @@ class Residual(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
+        nn.init.zeros_(self[3].weight)                        # a new block is x and nothing more
     def forward(self, x):
         return x + super().forward(x)
+
 def over_ranks(x):
     """x of all processes of a torchrun, joined along dim 0; x itself in an ordinary run."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -152,15 +154,6 @@ class Quantiser(nn.Module):
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
         self.counts.copy_(DECAY * self.counts + (1 - DECAY) * counts)
         self.codes.copy_(sums / self.counts.clamp(min=1e-12)[:, None])
-def start(layer):
-    """First weights after He et al. (2015): variance is kept, and a residual block begins as x."""
-    ## No layer here normalises, so depth alone must neither blow up nor drown what comes in.
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        taps = layer.kernel_size[0] ** 2 / (4 if isinstance(layer, nn.ConvTranspose2d) else 1)
-        nn.init.normal_(layer.weight, std=(2 / (layer.in_channels * taps)) ** 0.5)
-        nn.init.zeros_(layer.bias)
-    elif isinstance(layer, Residual):
-        nn.init.zeros_(layer[3].weight)        # apply() comes here after the block's own layers
 
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder, head (Sonnet's example); each of `downs` steps halves H and W.
@@ -181,7 +174,9 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        self.apply(start)
+        ## No layer normalises, so the weights must keep the variance (He et al. 2015).
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
         if keep is not None:      # a cell of the code grid is masked when all of its pixels are
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
@@ -213,19 +208,20 @@ def reconstruction_loss(output, x, commitment, variance):
     ## that a tenth of what makes the photos differ is lost.
     error = (output.float() - x).square().mean() / variance
     return error + COMMITMENT * commitment, error
+
 def psnr(error):
     """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]."""
     return -10 * math.log10(max(error, 1e-12))
+
 def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
-    ## Entropy says how many bits the choice of a code carries; 2 to that power (here e, for nats)
-    ## is the size of a codebook of which all entries are used alike and that carries as much.
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
 # --- training -------------------------------------------------------------------------------------
 def to_float(images):
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
+
 def pick_device(name, amp):
     """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -238,13 +234,16 @@ def pick_device(name, amp):
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, amp and device.type == "cpu" and fast
+
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
+
 def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
 def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
     """One pass over the photos, half of them mirrored -> mean loss, photos a second."""
     model.train()
@@ -277,6 +276,7 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, speed
+
 @torch.inference_mode()
 def measure(model, images, variance, amp=False):
     """Loss, normalised error, PSNR, perplexity and codes in use over all validation photos."""
@@ -298,6 +298,7 @@ def measure(model, images, variance, amp=False):
     error = error.item() / len(images)
     return {"loss": loss.item() / len(images), "error": error, "psnr": psnr(error * variance),
             "perplexity": perplexity(use.float()), "used": int((use > 0).sum())}
+
 def code_colours(codes):
     """Codes (K, D) -> colours (K, 3) in [0, 1] by their three main directions: like codes, like
     colours."""

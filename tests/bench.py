@@ -77,7 +77,7 @@ def limit(args):
         m = load(name)
         torch.manual_seed(0)
         images, masks = toy_photos(m, n, size, args.device)
-        flags = m.parse_args(["--batch-size", str(batch), "--epochs", "1000", "--lr", "1e-3", "--size", str(size)])
+        flags = m.parse_args(["--batch-size", str(batch), "--epochs", "1000", "--lr", "1e-3", "--size", str(size), str(size)])
         for key in ("mask", "distort"):
             if hasattr(flags, key) and isinstance(getattr(flags, key), str):
                 setattr(flags, key, [0.5, 0.75])
@@ -90,7 +90,7 @@ def limit(args):
         if name == "vqvae":
             ours = lambda: m.reconstruct_epoch(net, images, variance, optimizer, flags, 0, amp)
         elif name == "pretrain":
-            ours = lambda: m.pretrain_epoch(net, images, index, variance, optimizer, flags, 0, amp)
+            ours = lambda: m.pretrain_epoch(net, images, index, variance, optimizer, flags, 0, amp, 0, 1)
         elif name == "finetune":
             losses = [m.bce, m.dice_loss]
             ours = lambda: m.finetune_epoch(net, images, masks, losses, optimizer, flags, 0, amp)
@@ -360,10 +360,10 @@ import numpy as np, torch
 spec = importlib.util.spec_from_file_location("pretrain", sys.argv[1]); m = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(m)
 images = torch.from_numpy(np.load(sys.argv[2], mmap_mode="c"))
-args = m.parse_args(["--size", "32", "--batch-size", "64", "--epochs", "1000", "--lr", "1e-3", "--mask", "0.5-0.75"])
+args = m.parse_args(["--size", "32", "32", "--batch-size", "64", "--epochs", "1000", "--lr", "1e-3", "--mask", "0.5-0.75"])
 net = m.VQVAE(3, 16, 8, 1, 2); optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
 index = torch.randperm(len(images))[:int(sys.argv[3])]
-began = time.perf_counter(); m.pretrain_epoch(net, images, index, 0.06, optimizer, args, 0, False)
+began = time.perf_counter(); m.pretrain_epoch(net, images, index, 0.06, optimizer, args, 0, False, 0, 1)
 speed, status = len(index) / (time.perf_counter() - began), open("/proc/self/status").read()
 print(speed, *(int(status.split(name)[1].split()[0]) / 1024 for name in ("RssAnon:", "RssFile:")))
 """

@@ -11,7 +11,8 @@ if "pretrain" not in SCRIPTS:
 m = load("pretrain")
 
 def masks(B=1, size=(32, 48), low=0.05, high=0.25, patch=8, style="patches", seed=0):
-    return m.draw_masks(B, size, low, high, patch, style, torch.Generator().manual_seed(seed))
+    flags = argparse.Namespace(size=size, mask=[low, high], patch=patch, mask_style=style)
+    return m.draw_masks(B, flags, None if seed is None else torch.Generator().manual_seed(seed))
 
 def hidden(keep):
     return (~keep).float().mean((1, 2, 3))
@@ -58,9 +59,9 @@ def test_seeds():
     assert torch.equal(masks(9, seed=1), masks(9, seed=1))
     assert not torch.equal(masks(9, seed=1), masks(9, seed=2))
     torch.manual_seed(3)
-    first = m.draw_masks(9, (32, 48), 0.05, 0.25, 8, "patches")
+    first = masks(9, seed=None)
     torch.manual_seed(3)
-    assert torch.equal(first, m.draw_masks(9, (32, 48), 0.05, 0.25, 8, "patches"))
+    assert torch.equal(first, masks(9, seed=None))
 
 class Spy(torch.nn.Module):
     """Looks like a VQVAE to an epoch, answers 0.5 everywhere, and remembers what it saw."""
@@ -74,12 +75,13 @@ class Spy(torch.nn.Module):
         return torch.full_like(x, 0.5) + 0 * self.bias, self.bias.sum() * 0, None
 
 def epoch(*flags, n=8, photo=None):
-    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", str(n), "--lr", "1e-3", *flags])
+    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", str(n), "--lr", "1e-3", "--size", "32", "32",
+                         *flags])
     spy = Spy()
     images = photo if photo is not None else torch.randint(256, (n, 3, 32, 32)).byte()
     before = images.clone()
     loss = m.pretrain_epoch(spy, images, torch.arange(n), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, 0,
-                            False)[0]
+                            False, 0, 1)[0]
     assert torch.equal(images, before)
     return images, spy, loss
 
@@ -106,20 +108,36 @@ def test_rotation_turns_photo_and_target_alike():
     photo[..., :16, :16] = 255
     corners = set()
     for number in range(40):
-        args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3"])
+        args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3",
+                             "--size", "32", "32"])
         spy = Spy()
         m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0),
-                         args, number, False)
+                         args, number, False, 0, 1)
         corners.add(tuple(spy.seen[0][0, 0, ::31, ::31].flatten().tolist()))
     assert corners == {(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)}
 
 def test_rotation_of_a_rectangle_stays_a_rectangle():
     photo = torch.zeros(1, 3, 16, 32).byte()
-    args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3"])
+    args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3",
+                         "--size", "16", "32"])
     for number in range(8):
         spy = Spy()
-        m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, number, False)
+        m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, number, False, 0, 1)
         assert spy.seen[0].shape == (1, 3, 16, 32)
+
+def test_ranks_share_a_batch():
+    """What two ranks see of a batch is, put together, what one rank sees of it."""
+    images = torch.randint(256, (8, 3, 32, 32)).byte()
+    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", "4", "--lr", "1e-3", "--size", "32", "32",
+                         "--distort", "rotate", "jitter", "grey"])
+    def seen(rank, ranks):
+        spy = Spy()
+        m.pretrain_epoch(spy, images, torch.arange(8), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, 0, False, rank, ranks)
+        return spy.seen, spy.keep
+    (whole, masks), (left, left_masks), (right, right_masks) = seen(0, 1), seen(0, 2), seen(1, 2)
+    assert len(whole) == len(left) == len(right) == 2
+    for one, *two in [*zip(whole, left, right), *zip(masks, left_masks, right_masks)]:
+        assert torch.equal(one, torch.cat(two))
 
 # --- colours --------------------------------------------------------------------------------------
 
@@ -127,15 +145,15 @@ def test_distort_leaves_shape_and_range():
     torch.manual_seed(0)
     x = torch.rand(16, 3, 9, 7)
     before = x.clone()
-    out = m.distort(x, ["jitter", "grey"])
+    out = m.distort(x, torch.rand(5, 16, 1, 1, 1), ["jitter", "grey"])
     assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
     assert torch.equal(x, before) and (out != x).flatten(1).any(1).all()
-    assert torch.equal(m.distort(x, []), x)
+    assert torch.equal(m.distort(x, torch.rand(5, 16, 1, 1, 1), []), x)
 
 def test_grey_is_grey_and_a_fifth():
     torch.manual_seed(0)
     x = torch.rand(2000, 3, 2, 2)
-    out = m.distort(x, ["grey"])
+    out = m.distort(x, torch.rand(5, 2000, 1, 1, 1), ["grey"])
     grey = (out - out[:, :1]).abs().amax((1, 2, 3)) < 1e-6
     assert grey.float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert torch.equal(out[~grey], x[~grey])
@@ -144,13 +162,14 @@ def test_grey_is_grey_and_a_fifth():
 
 def test_jitter_of_grey_photos_makes_no_colour():
     torch.manual_seed(0)
-    out = m.distort(torch.rand(16, 1, 8, 8).expand(-1, 3, -1, -1) * 0.5 + 0.2, ["jitter"])
+    out = m.distort(torch.rand(16, 1, 8, 8).expand(-1, 3, -1, -1) * 0.5 + 0.2, torch.rand(5, 16, 1, 1, 1),
+                    ["jitter"])
     assert (out - out[:, :1]).abs().max() < 1e-5
 
 def test_hue_turns_by_a_tenth_of_the_circle_at_most():
     torch.manual_seed(0)
     colour = torch.tensor([0.6, 0.4, 0.4]).view(1, 3, 1, 1).expand(500, 3, 2, 2)
-    out = m.distort(colour, ["jitter"])[:, :, 0, 0].double()
+    out = m.distort(colour, torch.rand(5, 500, 1, 1, 1), ["jitter"])[:, :, 0, 0].double()
     c = out - out.mean(1, True)
     a = (torch.tensor([2.0, -1, -1]) / 6 ** 0.5).double()
     angle = torch.acos(((c @ a) / c.norm(dim=1)).clamp(-1, 1)) / (2 * torch.pi)
