@@ -343,6 +343,8 @@ if "pretrain" in SCRIPTS:
         def broken(*_, **__):
             raise OSError("no route to host")
         monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", broken)
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: None)
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", lambda self, *_, **__: vars(self).update(data=[], targets=[]))
         line = refuse("pretrain", "--data", "catdog", "--download", "--root", tmp_path)
         assert "no route to host" in line and "by hand" in line and not Path("checkpoints").exists()
 
