@@ -12,12 +12,12 @@ YOU WILL LEARN
 RUN IT          python vqvae.py
                 python vqvae.py --data pets --resume
                 python vqvae.py --width 256 --residual-width 256 --residual-blocks 4
-WHAT TO EXPECT  Pets at 64 px, 12 epochs: error 0.061, PSNR 24.0 dB, perplexity 395,
-  266 s on one CPU core, torch 2.15, seed 0.
-  A broken run: `used` stays below 50/512 and the error above 0.3, the codebook has collapsed.
+WHAT TO EXPECT  Pets at 64 px, 12 epochs: error 0.040, PSNR 25.8 dB, perplexity 392,
+  271 s on one CPU core, torch 2.15, seed 0.
+  A broken run: `used` stays below 50/512 and the error above 0.2, the codebook has collapsed.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step, Sonnet: 0.99): a young
   encoder runs away from slow codes, and the codebook collapses. Codes start from data, unused ones
-  move to data. He's first weights.
+  move to data. Convolutions start with He's weights.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
