@@ -480,7 +480,7 @@ def open_run(args, model, optimizer):
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
-                part.unlink()
+                part.unlink(missing_ok=True)
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
@@ -562,7 +562,7 @@ def train_linknet(args, out):
         row = {"epoch": epoch + 1, "loss": loss, **scores(counts, len(classes)),
                "val_loss": val_loss, **val, "lr": optimizer.param_groups[0]["lr"],
                "images_per_second": speed, "seconds": time.perf_counter() - began, "memory_gb":
-               torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+               torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None}
         best = max([*history, row], key=lambda row: row["val_miou"])["epoch"]
         save_epoch(args, model, optimizer, [*history, row], best)
         history.append(row)

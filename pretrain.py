@@ -5,13 +5,12 @@ WHAT IT DOES    Photos (B, 3, H, W) with grey patches go in, whole photos come o
 YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
   - how to mask -> draw_masks; why the codebook must not see masked places -> VQVAE.forward
   - how to tell that it fills in rather than copies -> check, mean_fill
-RUN IT          python pretrain.py --mask 0.05-0.25           with --resume it goes on
-                torchrun --nproc-per-node 2 pretrain.py       two GPUs, or a CPU in two halves
+RUN IT          python pretrain.py --mask 0.05-0.25   or torchrun --nproc-per-node 2 pretrain.py
 WHAT TO EXPECT  README's photos, 5 epochs: masked 0.307 (mean colour 0.831), perplexity 387; 31 min,
   2 CPU cores, torch 2.15, seed 0; toy 84 s. A broken run: `used` below 50/512, `masked` near 1.
 DIFFERS FROM THE PAPER  The codebook forgets faster (0.9, not 0.99), unused codes move to data.
 """
-import argparse, atexit, hashlib, json, math, os, shutil, signal, sys, time
+import argparse, hashlib, json, math, os, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -91,7 +90,7 @@ class Residual(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
-        nn.init.zeros_(self[3].weight)                        # a new block is x and nothing more
+        nn.init.zeros_(self[3].weight)                     # a new block is x and a constant
     def forward(self, x):
         return x + super().forward(x)
 def over_ranks(x):
@@ -115,7 +114,7 @@ class Quantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)         # (N, D), N = B H W
             weight = torch.ones_like(flat[:, 0]) if keep is None else keep.reshape(-1).float()
-            if self.training:             # every rank sees the vectors of all: the codebooks agree
+            if self.training:             # every rank learns from the vectors of all of them
                 joined, weights = over_ranks(flat.detach()), over_ranks(weight)
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
@@ -168,7 +167,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises, so the weights must keep the variance (He et al. 2015).
+        ## No layer normalises, so the convolutions must keep the variance (He et al. 2015).
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -206,18 +205,17 @@ def pick_device(name, amp):
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, amp and device.type == "cpu" and fast
 def join_ranks(args):
-    """Under torchrun: join its processes, each with a GPU of its own -> rank, number of ranks."""
-    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    """Under torchrun: join its processes, a GPU each, and mute all but the first -> rank, ranks."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
-        if args.batch_size % ranks:
-            fail(f"--batch-size {args.batch_size}: wanted a multiple of the {ranks} ranks")
-        if torch.cuda.is_available():
+        if args.download or args.batch_size % ranks:
+            fail(f"torchrun: no --download, and --batch-size a multiple of the {ranks} processes")
+        if torch.cuda.is_available() and args.device in ("auto", "cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
         sys.excepthook = lambda kind, error, _: print(f"pretrain.py: error: rank {rank}: {error}; "
-            "the last whole epoch is kept, --resume goes on", file=sys.stderr)
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # 0 speaks for all
+            f"{kind.__name__}; finished epochs are kept for --resume", file=sys.stderr)
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     return rank, ranks
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
@@ -269,14 +267,14 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
     """One pass over images[index], of each batch the part of this rank -> mean loss, images/s."""
     model.train()
     torch.manual_seed(args.seed * 100003 + epoch)      # all that is random here: resume is exact
-    batch = min(args.batch_size, len(index) // ranks * ranks)
+    batch = min(args.batch_size, len(index) // ranks * ranks) or fail("fewer photos than ranks")
     steps = len(index) // batch                        # an incomplete last batch is left out
     own = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
     order = index[torch.randperm(len(index))].to(images.device)
     device, total, began = next(model.parameters()).device, 0.0, time.perf_counter()
     for step in range(steps):
         x = to_float(images[order[step * batch:][own]].to(device))              # clean target
-        dice = torch.rand(6, batch, 1, 1, 1)[:, own].to(device)       # as if there were one rank
+        dice = torch.rand(6, batch, 1, 1, 1)[:, own].to(device)        # all ranks draw all
         keep = draw_masks(batch, args)[own].to(device)
         ## A cat in a mirror is a cat. Mirrors and masks are new in each pass: no learning by heart.
         x = torch.where(dice[0] < 0.5, x, x.flip(3))
@@ -484,7 +482,7 @@ def open_run(args, model, optimizer):
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
-                part.unlink()
+                part.unlink(missing_ok=True)
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
@@ -558,7 +556,7 @@ def pretrain_vqvae(args, out):
         row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
                "seconds": time.perf_counter() - began, "memory_gb":
-               torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+               torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None}
         best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
         if rank == 0:
             save_epoch(args, model, optimizer, [*history, row], best)
@@ -567,6 +565,8 @@ def pretrain_vqvae(args, out):
               "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
               "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
                                          " *" if best == epoch + 1 else "", **row), flush=True)
+    if ranks > 1:
+        dist.destroy_process_group()
     if rank > 0:
         return
     ## 5. Report: the best epoch's scores, and photo, masked photo, output.

@@ -96,7 +96,7 @@ class Residual(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.ReLU(), nn.Conv2d(width, hidden, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(hidden, width, 1))
-        nn.init.zeros_(self[3].weight)                        # a new block is x and nothing more
+        nn.init.zeros_(self[3].weight)                     # a new block is x and a constant
     def forward(self, x):
         return x + super().forward(x)
 
@@ -121,7 +121,7 @@ class Quantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)         # (N, D), N = B H W
             weight = torch.ones_like(flat[:, 0]) if keep is None else keep.reshape(-1).float()
-            if self.training:             # every rank sees the vectors of all: the codebooks agree
+            if self.training:             # every rank learns from the vectors of all of them
                 joined, weights = over_ranks(flat.detach()), over_ranks(weight)
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
@@ -174,7 +174,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises, so the weights must keep the variance (He et al. 2015).
+        ## No layer normalises, so the convolutions must keep the variance (He et al. 2015).
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -430,7 +430,7 @@ def open_run(args, model, optimizer):
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
-                part.unlink()
+                part.unlink(missing_ok=True)
             return last["history"], last["best"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"{out / 'last.pt'}: not as it was written; start without --resume")
@@ -504,7 +504,7 @@ def train_vqvae(args, out):
         row = {"epoch": epoch + 1, "loss": loss, **{f"val_{key}": seen[key] for key in seen},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
                "seconds": time.perf_counter() - began, "memory_gb":
-               torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None}
+               torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None}
         best = min([*history, row], key=lambda row: row["val_loss"])["epoch"]
         save_epoch(args, model, optimizer, [*history, row], best)
         history.append(row)
