@@ -63,6 +63,11 @@ def sentences():
     near = read("near_duplicates")
     yield "README.md", (f"{near['sources']['Oxford-IIIT Pet, trainval']['test_photos']} of the {near['test']:,} official test photos")
     yield "README.md", f"{near['sources']['Microsoft']['test_photos'] or 'none'} among the {near['sources']['Microsoft']['photos']:,}"
+    for run in read("camvid"):
+        scores = run["scores"]
+        yield "README.md", (f" | {scores['accuracy']:.3f} | {scores['miou']:.3f} | {scores['D7_dice']:.3f} | "
+                            f"{run['train_images_per_second']:.1f} |")
+        yield "README.md", f"`{run['command']}`"
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
@@ -78,6 +83,6 @@ def test_figure_is_the_measured_one(file, text):
 
 def test_commands_of_the_results_are_accepted():
     for result in (read("pretrain"), read("vqvae"), *(run for name in (
-            "codebook", "memory", "baselines", "toy_baselines", "drive", "puzzle") for run in read(name))):
+            "codebook", "memory", "baselines", "toy_baselines", "drive", "puzzle", "camvid") for run in read(name))):
         script, *argv = result["command"].split()[1:]
         load(script[:-3]).parse_args(argv)
