@@ -199,9 +199,11 @@ def command_of(args, script, flags):
         words += [] if flag in words else [flag, str(value)]
     key = hashlib.sha256(repr(words).encode()).hexdigest()[:8]
     return [*words, "--out", str(Path(args.out, f"{script}-{key}"))]
+def share_of(words):
+    """The share of the training photos that a command takes."""
+    return float(words[words.index("--frac") + 1]) if "--frac" in words else 1.0
 def pretraining_of(args, arm, seed):
-    share = float(arm["pre"][arm["pre"].index("--frac") + 1]) if "--frac" in arm["pre"] else 1
-    epochs = str(round(args.pretrain_epochs / share))      # half of the photos: as many steps
+    epochs = str(round(args.pretrain_epochs / share_of(arm["pre"])))       # half: as many steps
     return command_of(args, "pretrain", [*arm["pre"], "--epochs", epochs, "--seed", str(seed)])
 def training_of(args, arm, seed, lr):
     init = ["--init", f"{pretraining_of(args, arm, seed)[-1]}/best.pt"] if arm["pre"] else []
@@ -429,8 +431,7 @@ def save(path, write):
             temporary.unlink()
 def estimate(args, commands):
     """Seconds that the commands may take, from finished runs of the same scripts, or None."""
-    amount = lambda words: float(words[words.index("--epochs") + 1]) * float(
-        words[words.index("--frac") + 1] if "--frac" in words else 1)
+    amount = lambda words: float(words[words.index("--epochs") + 1]) * share_of(words)
     rate = {}
     for path in Path(args.out).glob("*/result.json"):
         result = json.loads(path.read_text())

@@ -167,7 +167,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises, so the convolutions must keep the variance (He et al. 2015).
+        ## No layer normalises: He's weights (2015) keep the variance; what begins as 0 stays 0.
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -243,8 +243,8 @@ def draw_masks(B, args, g=None):
         return ~(rows[:, None, :, None] & columns[:, None, None])
     h, w = -(-H // patch), -(-W // patch)
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
-    rank = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)       # low ranks: hidden
-    keep = (rank >= hidden).view(B, 1, h, w)
+    turn = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)       # the first are hidden
+    keep = (turn >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
 def distort(x, dice, kinds):
     """Change the colours of x (B, 3, H, W) in [0, 1] as dice (5, B, 1, 1, 1) fell. "jitter": light,
@@ -348,12 +348,13 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
-COLLECTIONS = {                  # archive, and where its photos lie; CIFAR-10 is torchvision's
-    "Stanford Dogs": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar Images/*/*.jpg",
-    "Google filtered": "https://storage.googleapis.com/mledu-datasets/cats_and_dogs_filtered.zip "
-                       "cats_and_dogs_filtered/*/*s/*.jpg",
-    "Microsoft": "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-"
-                 "6DEBA77B919F/kagglecatsanddogs_5340.zip PetImages/*/*.jpg"}
+ARCHIVES = {                     # by folder: name, photos, source; CIFAR-10 is torchvision's
+    "Images": ("Stanford Dogs", "*/*.jpg",
+               "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar"),
+    "cats_and_dogs_filtered": ("Google filtered", "*/*s/*.jpg", "https://storage.googleapis.com/"
+                               "mledu-datasets/cats_and_dogs_filtered.zip"),
+    "PetImages": ("Microsoft", "*/*.jpg", "https://download.microsoft.com/download/3/E/1/3E1C3F21-"
+                  "ECDB-4869-8368-6DEBA77B919F/kagglecatsanddogs_5340.zip")}
 def catdog_items(root, download):
     """The four collections under root -> [(source, "cat" or "dog", file, or CIFAR's array)]."""
     root, found = Path(root), []
@@ -363,11 +364,11 @@ def catdog_items(root, download):
             cifar = CIFAR10(root, train=True, download=download)
             found += [("CIFAR-10", {3: "cat", 5: "dog"}[label], image) for image, label in
                       zip(cifar.data, cifar.targets) if label in (3, 5)]
-        for source, (url, pattern) in ((s, both.split()) for s, both in COLLECTIONS.items()):
-            if download and not (root / pattern.split("/")[0]).is_dir():
+        for folder, (source, pattern, url) in ARCHIVES.items():
+            if download and not (root / folder).is_dir():
                 utils.download_and_extract_archive(url, root)
             found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
-                      for file in sorted(root.glob(pattern))]
+                      for file in sorted((root / folder).glob(pattern))]
     except Exception as error:
         fail(f"catdog: {error}; unpack it by hand under {root}, or go on without --download")
     return found or fail(f"catdog: none of the four collections lies under {root}; try --download")
@@ -516,9 +517,8 @@ def draw_samples(path, *columns):
 def pretrain_vqvae(args, out):
     ## 1. The settings.
     if args.data == "auto":
-        found = [Path(args.root, name).is_dir() for name in
-                 ("cifar-10-batches-py", "Images", "cats_and_dogs_filtered", "PetImages")]
-        args.data = "catdog" if any(found) or args.download else "toy"
+        found = any(Path(args.root, name).is_dir() for name in ("cifar-10-batches-py", *ARCHIVES))
+        args.data = "catdog" if found or args.download else "toy"
     settle(args, 2 ** args.downs)
     (rank, ranks), (device, amp) = join_ranks(args), pick_device(args.device, args.amp)
     print(f"pretrain.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "

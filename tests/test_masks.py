@@ -74,16 +74,16 @@ class Spy(torch.nn.Module):
         self.keep.append(keep.clone())
         return torch.full_like(x, 0.5) + 0 * self.bias, self.bias.sum() * 0, None
 
-def epoch(*flags, n=8, photo=None):
-    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", str(n), "--lr", "1e-3", "--size", "32", "32",
-                         *flags])
-    spy = Spy()
-    images = photo if photo is not None else torch.randint(256, (n, 3, 32, 32)).byte()
-    before = images.clone()
-    loss = m.pretrain_epoch(spy, images, torch.arange(n), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, 0,
-                            False, 0, 1)[0]
-    assert torch.equal(images, before)
-    return images, spy, loss
+def epoch(*flags, photos=None, number=0, rank=0, ranks=1):
+    """One epoch with a spy for the network; later flags win -> photos, spy, loss."""
+    photos = torch.randint(256, (8, 3, 32, 32)).byte() if photos is None else photos
+    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", str(len(photos)), "--lr", "1e-3",
+                         "--size", *map(str, photos.shape[2:]), *flags])
+    spy, before = Spy(), photos.clone()
+    loss = m.pretrain_epoch(spy, photos, torch.arange(len(photos)), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args,
+                            number, False, rank, ranks)[0]
+    assert torch.equal(photos, before)
+    return photos, spy, loss
 
 @pytest.mark.parametrize("flags", ((), ("--mask-style", "square"), ("--distort", "jitter", "grey"), ("--distort", "rotate")))
 def test_target_is_the_clean_photo(flags):
@@ -108,31 +108,20 @@ def test_rotation_turns_photo_and_target_alike():
     photo[..., :16, :16] = 255
     corners = set()
     for number in range(40):
-        args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3",
-                             "--size", "32", "32"])
-        spy = Spy()
-        m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0),
-                         args, number, False, 0, 1)
+        _, spy, _ = epoch("--mask", "0-0", "--distort", "rotate", photos=photo, number=number)
         corners.add(tuple(spy.seen[0][0, 0, ::31, ::31].flatten().tolist()))
     assert corners == {(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)}
 
 def test_rotation_of_a_rectangle_stays_a_rectangle():
-    photo = torch.zeros(1, 3, 16, 32).byte()
-    args = m.parse_args(["--mask", "0-0", "--distort", "rotate", "--epochs", "1", "--batch-size", "1", "--lr", "1e-3",
-                         "--size", "16", "32"])
     for number in range(8):
-        spy = Spy()
-        m.pretrain_epoch(spy, photo, torch.tensor([0]), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, number, False, 0, 1)
+        _, spy, _ = epoch("--distort", "rotate", photos=torch.zeros(1, 3, 16, 32).byte(), number=number)
         assert spy.seen[0].shape == (1, 3, 16, 32)
 
 def test_ranks_share_a_batch():
     """What two ranks see of a batch is, put together, what one rank sees of it."""
     images = torch.randint(256, (8, 3, 32, 32)).byte()
-    args = m.parse_args(["--mask", "0.3-0.6", "--epochs", "1", "--batch-size", "4", "--lr", "1e-3", "--size", "32", "32",
-                         "--distort", "rotate", "jitter", "grey"])
     def seen(rank, ranks):
-        spy = Spy()
-        m.pretrain_epoch(spy, images, torch.arange(8), 1.0, torch.optim.SGD(spy.parameters(), 0.0), args, 0, False, rank, ranks)
+        _, spy, _ = epoch("--batch-size", "4", "--distort", "rotate", "jitter", "grey", photos=images, rank=rank, ranks=ranks)
         return spy.seen, spy.keep
     (whole, masks), (left, left_masks), (right, right_masks) = seen(0, 1), seen(0, 2), seen(1, 2)
     assert len(whole) == len(left) == len(right) == 2
