@@ -225,10 +225,10 @@ def lr_at(step, steps, peak):
     """Warm-up over the first twentieth of the steps, then half a cosine down to 0."""
     return peak * min((step + 1) / (steps // 20 or 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 def share_range(text):
-    """An argparse type: LO-HI with 0 <= LO <= HI <= 0.95 -> [LO, HI]."""
+    """An argparse type: LO-HI with 0 <= LO <= HI, 0.01 <= HI <= 0.95 -> [LO, HI]."""
     low, _, high = text.partition("-")
-    if not 0 <= float(low) <= float(high or "nan") <= 0.95:
-        raise argparse.ArgumentTypeError(f"{text} is not LO-HI with 0 <= LO <= HI <= 0.95")
+    if not (0 <= float(low) <= float(high or "nan") and 0.01 <= float(high) <= 0.95):
+        raise argparse.ArgumentTypeError(f"{text} is not LO-HI, 0 <= LO <= HI, .01 <= HI <= .95")
     return [float(low), float(high)]
 def draw_masks(B, args, g=None):
     """B masks that hide a share of the area in args.mask, LO to HI -> (B, 1, H, W) bool, True where
@@ -243,8 +243,7 @@ def draw_masks(B, args, g=None):
         return ~(rows[:, None, :, None] & columns[:, None, None])
     h, w = -(-H // patch), -(-W // patch)
     hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]          # on average
-    turn = torch.rand(B, h * w, generator=g).argsort(1).argsort(1)       # the first are hidden
-    keep = (turn >= hidden).view(B, 1, h, w)
+    keep = (torch.rand(B, h * w, generator=g).argsort(1) >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
 def distort(x, dice, kinds):
     """Change the colours of x (B, 3, H, W) in [0, 1] as dice (5, B, 1, 1, 1) fell. "jitter": light,
@@ -283,10 +282,11 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
         seen = torch.where(keep, distort(x, dice[1:], args.distort), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(seen.contiguous(memory_format=torch.channels_last), keep)
-        ## The target is the photo as it was: what is hidden must be guessed from what is not. Had
-        ## the mask been written into x itself, copying the grey patches would be a perfect answer,
-        ## and there would be nothing to learn from them. (One of the student projects did that.)
-        loss = (output.float() - x).square().mean() / variance + COMMITMENT * commitment
+        ## The target is the photo as it was; what can be seen does not count, as copying it teaches
+        ## little (He et al. 2022). Had the mask been written into x itself, copying grey patches
+        ## would be a perfect answer, with nothing learned. (A student project did that.)
+        error = (output.float() - x).square() * ~keep          # of a share of the pixels, hence:
+        loss = error.mean() / (sum(args.mask) / 2 * variance) + COMMITMENT * commitment
         lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
@@ -302,8 +302,8 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
     return over_ranks(total[None]).mean().item() / steps, speed
 @torch.inference_mode()
 def check(model, images, index, variance, args, amp=False):
-    """The photos images[index] under masks that never change -> loss, squared error of all, of
-    masked pixels, of filling those with the mean colour (variance = 1), perplexity, codes used."""
+    """The photos images[index] under masks that never change -> loss, squared error of the masked
+    pixels, that of filling them with the mean colour (variance = 1), perplexity, codes used."""
     g, device = torch.Generator().manual_seed(SPLIT_SEED), next(model.eval().parameters()).device
     use, sums = torch.zeros(len(model.quantiser.codes), device=device), 0
     for part in index.split(64):
@@ -312,15 +312,14 @@ def check(model, images, index, variance, args, amp=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, ids = model(torch.where(keep, x, FILL), keep)
         sums = sums + torch.stack([
-            squared_error(output, x, torch.ones_like(keep)), squared_error(output, x, ~keep),
-            squared_error(mean_fill(x, keep), x, ~keep),
-            torch.stack([commitment, torch.ones_like(commitment)]) * len(x)])
+            squared_error(output, x, ~keep), squared_error(mean_fill(x, keep), x, ~keep),
+            len(x) * torch.stack([commitment, torch.ones_like(commitment)])])
         seen = F.max_pool2d(keep.float(), 2 ** model.downs)[:, 0] > 0       # cells not all masked
         use += torch.bincount(ids[seen], minlength=len(use))
-    error, masked, fill, commitment = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    return {"loss": error / variance + COMMITMENT * commitment, "error": error / variance,
-            "masked": masked / variance, "mean_fill": fill / variance,
-            "perplexity": perplexity(use), "used": int((use > 0).sum())}
+    masked, fill, commitment = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    masked, fill, used = masked / variance, fill / variance, int((use > 0).sum())
+    return {"loss": masked + COMMITMENT * commitment, "masked": masked, "mean_fill": fill,
+            "perplexity": perplexity(use), "used": used}
 # --- unlabelled data ------------------------------------------------------------------------------
 
 def draw_toy(n, size, seed):
@@ -547,7 +546,7 @@ def pretrain_vqvae(args, out):
         model.compile()
     shared = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     ## 4. Train; the best epoch is the one with the lowest loss on the validation photos.
-    print("   epoch    loss  val_loss   error  masked perplexity     used       lr   img/s     sec")
+    print("   epoch    loss  val_loss  masked perplexity     used       lr   img/s     sec")
     for epoch in range(len(history), args.epochs):
         began = time.perf_counter()
         loss, speed = pretrain_epoch(shared, images, train, variance, optimizer, args, epoch, amp,
@@ -561,7 +560,7 @@ def pretrain_vqvae(args, out):
         if rank == 0:
             save_epoch(args, model, optimizer, [*history, row], best)
         history.append(row)
-        print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_error:8.4f}{val_masked:8.4f}"
+        print("{epoch:>4}/{0:<4}{loss:7.4f}{val_loss:10.4f}{val_masked:8.4f}"
               "{val_perplexity:11.1f}{val_used:5}/{1}{lr:9.1e}{images_per_second:8,.0f}"
               "{seconds:8.1f}{2}".format(args.epochs, len(model.quantiser.codes),
                                          " *" if best == epoch + 1 else "", **row), flush=True)
@@ -569,7 +568,7 @@ def pretrain_vqvae(args, out):
         dist.destroy_process_group()
     if rank > 0:
         return
-    ## 5. Report: the best epoch's scores, and photo, masked photo, output.
+    ## 5. Report: the best epoch's scores; photo, masked photo, the photo filled in.
     model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
@@ -577,11 +576,11 @@ def pretrain_vqvae(args, out):
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     x = to_float(images[val[:8].to(images.device)].to(device))
     keep = draw_masks(len(x), args, torch.Generator().manual_seed(SPLIT_SEED)).to(device)
-    pictures = x, torch.where(keep, x, FILL), model.eval()(torch.where(keep, x, FILL))[0].detach()
-    draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in pictures))
-    print("best     epoch {epoch}  error {val_error:.4f}  masked {val_masked:.4f}, mean colour "
-          "{val_mean_fill:.4f}  perplexity {val_perplexity:.0f}  used {val_used}  {0}  {1:.0f} s"
-          .format(out / "best.pt", result["total_seconds"], **row))
+    output = model.eval()(seen := torch.where(keep, x, FILL))[0].detach()
+    draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in (
+        x, seen, torch.where(keep, x, output))))
+    print("best     epoch {epoch}  masked {val_masked:.4f}, mean colour {val_mean_fill:.4f}  {0}  "
+          "total {1:.0f} s".format(out / "best.pt", result["total_seconds"], **row))
 def main(argv=None):
     """pretrain_vqvae, with one line in the place of a traceback where the machine gives out."""
     args = parse_args(argv)

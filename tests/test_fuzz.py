@@ -46,7 +46,7 @@ def draw(action, flag, r):
             return str(r.choice([r.randint(low, min(high, low + 4)), 2 ** r.randint(0, 6)]))
         return f"{10 ** r.uniform(math.log10(max(low, 1e-6)), math.log10(high)):.3g}"
     if action.type:
-        return r.choice(["0.05-0.25", "0-0", "0.95-0.95", "0.9-0.1", "0.5", "-0.1-0.2", "a-b", "0.1-nan"])
+        return r.choice(["0.05-0.25", "0-0", "0-0.01", "0.95-0.95", "0.9-0.1", "0.5", "-0.1-0.2", "a-b", "0.1-nan"])
     return r.choice(PATHS)
 
 def line(name, parser, r):

@@ -22,20 +22,28 @@ def done(child):
     assert child.returncode == 0, out + err
     return out
 
-def test_two_ranks_give_the_curve_and_the_codebook_of_one(tmp_path):
-    out = done(torchrun("--epochs", "2", "--out", "two", cwd=tmp_path))
+def both(cwd, *flags):
+    """The same training by one process and by two -> what the two said."""
+    out = done(torchrun(*flags, "--out", "two", cwd=cwd))
+    run("pretrain", *FLAGS, *flags, "--out", "one", cwd=cwd)
+    return out
+
+def test_two_ranks_give_the_curve_of_one(tmp_path):
+    out = both(tmp_path, "--epochs", "2")
     assert out.count("pretrain.py  torch") == 1 and out.count("best     epoch") == 1      # rank 0 alone speaks
-    run("pretrain", *FLAGS, "--epochs", "2", "--out", "one", cwd=tmp_path)
-    one, two = (rows(tmp_path / name) for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        for key in ("loss", "val_loss", "val_error", "val_masked"):
-            assert b[key] == pytest.approx(a[key], rel=2e-3), key
+    for a, b in zip(*(rows(tmp_path / name) for name in ("one", "two")), strict=True):
+        for key in ("loss", "val_loss", "val_masked"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+
+def test_two_ranks_give_the_codebook_of_one(tmp_path):
+    """After two steps. Later, rounding decides which of two near codes takes a vector, or whether one is dead,
+    and ever more codes are other ones that do as well."""
+    both(tmp_path, "--epochs", "1", "--frac", "0.04")
     ours, theirs = (checkpoint(tmp_path / name / "best.pt")["model"] for name in ("one", "two"))
     assert ours.keys() == theirs.keys()               # no "module." before the names
-    # Where rounding decides whether a code is dead, it moves elsewhere: a few of the 512 may differ.
     counts = torch.isclose(theirs["quantiser.counts"], ours["quantiser.counts"], rtol=0.05, atol=0.5)
     codes = torch.isclose(theirs["quantiser.codes"], ours["quantiser.codes"], rtol=0.02, atol=0.02).all(1)
-    assert (counts & codes).float().mean() > 0.9
+    assert (counts & codes).float().mean() > 0.95
 
 def test_a_dead_rank_ends_the_run_and_another_number_of_ranks_goes_on(tmp_path):
     flags = ("--epochs", "12", "--out", "run")
