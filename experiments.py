@@ -140,8 +140,8 @@ def plan(name, args):
         arms = []
         for frac in args.fracs:
             arms += [tuned(f"pre-trained, {100 * frac:g} %", args, frac),
-                     scratch(f"scratch, {100 * frac:g} %", frac), longer(frac)]
-        return arms
+                     scratch(f"scratch, {100 * frac:g} %", frac)]
+        return arms + [longer(frac) for frac in (args.fracs[0], args.fracs[-1])]
     if name == "pretraining":
         return [tuned("all", args), tuned("half", args, pre=(*MASK, "--frac", "0.5")),
                 scratch("none"), longer(1.0) | {"label": "none, as long", "like": "none"}]

@@ -163,8 +163,8 @@ class UNet(nn.Module):
             stages, widths = stages_of(encoder, weights)
         self.encoder, self.decoder, a = nn.ModuleList(stages), nn.ModuleList(), widths[-1]
         for skip in widths[-2::-1]:
-            self.decoder.append(Up(a, skip, max(skip, 16), up))          # the image has but 3
-            a = max(skip, 16)
+            self.decoder.append(Up(a, skip, a // 2, up))
+            a = a // 2
         ## For one class there are two habits. One channel x and a sigmoid: p = 1 / (1 + e^-x). Two
         ## channels u, v and a softmax: p = e^v / (e^u + e^v) = 1 / (1 + e^-(v - u)). So the second
         ## is the first with x = v - u: the same model with weights to spare.

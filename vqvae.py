@@ -132,7 +132,7 @@ class Quantiser(nn.Module):
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
-            commitment = (flat - q).square().mean()           # stay near the codes, masked or not
+            commitment = F.mse_loss(flat, q)                    # stay near the codes, masked or not
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
             ## forward this is q, backward the bracket is a constant and it is flat.
             q = flat + (q - flat).detach()

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "limit pipeline source quantiser peers scores start growth".split()
-ROWS = []                        # what was printed, for --json
+NAMES = "limit pipeline ladder source quantiser peers scores start growth".split()
+ROWS, ARGS = [], argparse.Namespace()        # what was printed, for --json
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
@@ -39,16 +39,23 @@ def clock(run, device):
     sync(device)
     return time.perf_counter() - began
 
+def peak():
+    """The most memory that this process has had, in MiB, as Linux counts it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
 def compare(title, ours, theirs, amount, unit, args, goal):
     """One row: amount per second of both in turn, and the ratio pair by pair."""
     ours(), theirs()                                    # warm-up
     a, b = zip(*((amount / clock(ours, args.device), amount / clock(theirs, args.device))
                  for _ in range(args.repeats)))
     ratios = sorted(x / y for x, y in zip(a, b))
-    ROWS.append({"name": args.current, "row": title.strip(), "unit": unit, "ours": statistics.median(a),
-                 "theirs": statistics.median(b), "ratio": statistics.median(ratios), "ratios": ratios, "goal": goal})
+    note(title.strip(), unit=unit, ours=statistics.median(a), theirs=statistics.median(b), ratio=statistics.median(ratios),
+         ratios=ratios, goal=goal)
     print(f"{title:46}{statistics.median(a):10,.1f}{statistics.median(b):10,.1f} {unit:9}"
           f"{statistics.median(ratios):7.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})   {goal}", flush=True)
+
+def note(row, **figures):
+    ROWS.append({"name": ARGS.current, "row": row, **figures})
 
 def step_of(model, loss, lr=1e-3, amp=False):
     """A plain training step of model on one batch: forward, backward, AdamW."""
@@ -163,6 +170,58 @@ def pipeline(args):
         net, images, masks, losses, optimizer, flags, 0, amp), theirs, len(pairs), "images/s", args, "goal 3 (5 with decoding)")
     print(f"  decoding once, one thread: {decoding:.1f} s")
 
+# --- ladder: one trick after the other ----------------------------------------------------------------
+
+RUNGS = ("photos opened in every epoch, by two workers", "decoded once, uint8 in memory", "channels_last", "bfloat16",
+         "the loss is read once in 50 steps", "--compile")
+
+def climb(rung, root, device, photos=960, batch=32, size=64):
+    """Train the small VQ-VAE with the first `rung` of the tricks -> images a second, peak memory in MiB."""
+    m, device = load("finetune"), torch.device(device)
+    torch.manual_seed(0)
+    layout = torch.channels_last if rung >= 2 else torch.contiguous_format
+    net, losses = m.VQVAE(3, 128, 32, 2, 2).to(device, memory_format=layout).train(), [m.bce, m.dice_loss]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    amp = rung >= 3 and m.pick_device(str(device), True)[1]
+    pairs = m.pet_files(root, "train")[0][:photos]
+    if rung == 0:
+        batches = torch.utils.data.DataLoader(Photos(pairs, size), batch, shuffle=True, num_workers=2, drop_last=True)
+    else:
+        both = torch.from_numpy(np.stack([m.read_pair(pair, (size, size)) for pair in pairs])).to(device)
+        batches = [slice(i, i + batch) for i in range(0, photos, batch)]
+    if rung == 5:
+        net.compile()
+    def epoch():
+        for i, part in enumerate(batches):
+            x, y = (part[0].to(device), part[1].to(device)) if rung == 0 else m.augment(both[part, :3], both[part, 3] - 1)
+            x = x.contiguous(memory_format=layout)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits, commitment, _ = net(x)
+            loss = m.segmentation_loss(logits, y, losses) + 0.25 * commitment
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if rung < 4 or i % 50 == 49:
+                loss.item()
+    epoch()                                             # warm-up
+    speed = statistics.median(photos / clock(epoch, device) for _ in range(3))
+    print(speed, torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak())
+
+def ladder(args):
+    if not Path(args.root, "oxford-iiit-pet").is_dir():
+        return print("ladder: left out, no oxford-iiit-pet under --root")
+    print("ladder: fine-tuning the small VQ-VAE on pets at 64 px, each row with one trick more, in a process of its own")
+    for rung, title in enumerate(RUNGS):
+        code = f"import sys; sys.path.insert(0, sys.argv[1]); import bench; bench.climb({rung}, sys.argv[2], sys.argv[3])"
+        done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tests"), args.root, str(args.device)],
+                              capture_output=True, text=True)
+        if done.returncode:
+            print(f"  {title:46}left out: {done.stderr.strip().splitlines()[-1][:60]}")
+            continue
+        speed, peak = map(float, done.stdout.split()[-2:])
+        print(f"  {title:46}{speed:10,.0f} images/s   {peak:8,.0f} MiB at most", flush=True)
+        note(title, images_per_second=speed, mib=peak)
+
 # --- source: the same network as its authors trained it -----------------------------------------------
 
 class OneHot(nn.Module):
@@ -252,21 +311,21 @@ def quantiser(args):
         else:
             peak = child(f"b.quantise({name!r}, torch.device('cpu'))", "step()")
         print(f"  peak memory, {name:10}" + ("left out" if peak is None else f"{peak:10.0f} MiB"))
+        note(f"memory, {name}", mib=peak)
     m = load("vqvae")
     layer, z = m.Quantiser(512, 64).train(), torch.randn(8, 64, 32, 32)
     layer(z)
     layer.eval()
     flat = z.permute(0, 2, 3, 1).reshape(-1, 64)
     exact = torch.cdist(flat.double(), layer.codes.double()).argmin(1)
-    print(f"  same codes as exact distances: {(layer(z)[2].flatten() == exact).float().mean().item():.6f} of the vectors")
-
-## Peak memory of a process in MiB, as Linux counts it.
-PEAK = "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
+    same = (layer(z)[2].flatten() == exact).float().mean().item()
+    print(f"  same codes as exact distances in float64: {same:.6f} of the vectors")
+    note("same codes", share=same)
 
 def child(prepare, run):
     """MiB by which `run` raises the peak memory of a fresh process above that of `prepare`, or None."""
-    code = PEAK + ("import sys, torch; sys.path.insert(0, sys.argv[1]); import bench as b; torch.set_num_threads(2);"
-                   f"step = {prepare}; before = peak(); {run}; print(peak() - before)")
+    code = ("import sys, torch; sys.path.insert(0, sys.argv[1]); import bench as b; torch.set_num_threads(2);"
+            f"step = {prepare}; before = b.peak(); {run}; print(b.peak() - before)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tests")], capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else None
 
@@ -351,6 +410,7 @@ def start(args):
                 times.append([float(word) for word in done.stdout.split()[-2:]])
             imported, total = (statistics.median(column) for column in zip(*times))
             print(f"  {title:20} import {imported:5.1f} s   first batch {total:5.1f} s" + ("   goal 3" if title == "cached" else ""))
+            note(title, imported=imported, first_batch=total)
 
 # --- growth: time and memory as the set grows -----------------------------------------------------------
 
@@ -382,8 +442,8 @@ def growth(args):
             done = subprocess.run([sys.executable, "-c", GROWTH, str(ROOT / "pretrain.py"), str(path), "4096"],
                                   capture_output=True, text=True, check=True)
             speed, own, mapped = (float(word) for word in done.stdout.split()[-3:])
-            ROWS.append({"name": "growth", "row": f"{n:,} photos", "images_per_second": speed, "own_mib": own,
-                         "mapped_mib": mapped, "file_mib": path.stat().st_size / 2**20})
+            note(f"{n:,} photos", images_per_second=speed, own_mib=own, mapped_mib=mapped,
+                 file_mib=path.stat().st_size / 2**20)
             print(f"  {n:>9,} photos, {path.stat().st_size / 2**20:7,.0f} MiB on disk: {speed:8,.0f} images/s, "
                   f"memory {own:6,.0f} MiB, and {mapped:6,.0f} MiB of pages of files, which the system takes "
                   "back when it needs them", flush=True)
@@ -396,7 +456,7 @@ def main():
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--device", default="auto")
     p.add_argument("--json", help="write the rows to this file too")
-    args = p.parse_args()
+    args = p.parse_args(namespace=ARGS)
     args.device = load("finetune").pick_device(args.device, False)[0]
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}  {args.device}  {name}  medians of {args.repeats}\n"

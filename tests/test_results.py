@@ -68,6 +68,21 @@ def sentences():
         yield "README.md", (f" | {scores['accuracy']:.3f} | {scores['miou']:.3f} | {scores['D7_dice']:.3f} | "
                             f"{run['train_images_per_second']:.1f} |")
         yield "README.md", f"`{run['command']}`"
+    bench = {(row["name"], row["row"]): row for row in read("bench")}
+    for (name, title), row in bench.items():
+        if "ratio" in row:
+            ours, theirs = (f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for v in (row["ours"], row["theirs"]))
+            yield "README.md", (f"| {name}: {title} | {ours} | {theirs} {row['unit']} | {row['ratio']:.2f} "
+                                f"({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}) |")
+        if name == "ladder":
+            yield "README.md", f"| {title} | {row['images_per_second']:.0f} | {row['mib']:,.0f} MiB |"
+        if name == "growth":
+            yield "README.md", (f"| {title} | {row['file_mib']:,.0f} MiB | {row['images_per_second']:,.0f} | "
+                                f"{row['own_mib']:,.0f} MiB | {row['mapped_mib']:,.0f} MiB |")
+    memory = [bench["quantiser", f"memory, {way}"]["mib"] for way in ("ours", "one-hot", "library")]
+    yield "README.md", f"raise the memory by {memory[0]:.0f} MiB, theirs by {memory[1]:.0f} and {memory[2]:.0f}"
+    cached, new = (bench["start", way]["first_batch"] for way in ("cached", "nothing cached"))
+    yield "README.md", f"of pets after {cached:.1f} s, or {new:.1f} s where nothing is cached"
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
