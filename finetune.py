@@ -171,7 +171,7 @@ class VQVAE(nn.Module):
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
-        if keep is not None:      # a cell of the code grid is masked when all of its pixels are
+        if keep is not None:      # a cell is masked if all its pixels are: no code learns grey
             keep = F.max_pool2d(keep.float(), 2 ** self.downs)[:, 0] > 0
         z = self.encoder(x - 0.5)                             # (B, D, H/2^downs, W/2^downs)
         q, commitment, ids = self.quantiser(z, keep)

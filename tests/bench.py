@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "limit pipeline ladder source quantiser peers scores start growth".split()
+NAMES = "limit pipeline ladder source quantiser peers scores start growth folder".split()
 ROWS, ARGS = [], argparse.Namespace()        # what was printed, for --json
 
 def load(name):
@@ -448,6 +448,36 @@ def growth(args):
                   f"memory {own:6,.0f} MiB, and {mapped:6,.0f} MiB of pages of files, which the system takes "
                   "back when it needs them", flush=True)
             path.unlink()
+
+# --- folder: from so many files to the first batch --------------------------------------------------------
+
+FOLDER = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("pretrain", sys.argv[1]); m = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m)
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+args = m.parse_args(["--data", sys.argv[2], "--size", "32", "32"])
+began, before = time.perf_counter(), peak()
+images, index = m.load_photos(args); took, more = time.perf_counter() - began, peak() - before
+began = time.perf_counter(); m.load_photos(args)
+print(took, time.perf_counter() - began, more, len(index))
+"""
+
+def folder(args):
+    print("folder: pretrain.py decodes a folder of JPEG files of 32 px into its cache, and starts from it again")
+    with tempfile.TemporaryDirectory() as place:
+        rng, made = np.random.default_rng(0), 0
+        for n in (1_000, 10_000, 100_000):
+            while made < n:
+                file = Path(place, "photos", f"{made // 1000}", f"{made}.jpg")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((32, 32)).save(file)
+                made += 1
+            done = subprocess.run([sys.executable, "-c", FOLDER, str(ROOT / "pretrain.py"), str(Path(place, "photos"))],
+                                  cwd=place, capture_output=True, text=True, check=True)
+            first, again, peak, taken = map(float, done.stdout.split()[-4:])
+            print(f"  {n:>9,} files: {n / first:8,.0f} a second, {peak:6,.0f} MiB more than before; again {again:6.1f} s", flush=True)
+            note(f"{n:,} files", files_per_second=n / first, mib=peak, again=again, taken=taken)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
