@@ -7,7 +7,7 @@ YOU WILL LEARN  - why the target must be the clean photo -> pretrain_epoch
   - how to tell that it fills in rather than copies -> check, mean_fill
 RUN IT          python pretrain.py --mask 0.05-0.25   or torchrun --nproc-per-node 2 pretrain.py
 WHAT TO EXPECT  README, old loss of all pixels: masked 0.307 (mean colour 0.831), perplexity 387;
-  31 min, 2 CPU cores, torch 2.15; toy 84 s. Broken: `used` below 50/512, `masked` near baseline.
+  31 min, 2 CPU cores, torch 2.15; toy 97 s. Broken: `used` below 50/512, `masked` near baseline.
 DIFFERS FROM THE PAPER  The codebook forgets faster (0.9, not 0.99), unused codes move to data.
 """
 import argparse, hashlib, json, math, os, shutil, signal, sys, time
