@@ -83,6 +83,8 @@ def sentences():
     yield "README.md", f"raise the memory by {memory[0]:.0f} MiB, theirs by {memory[1]:.0f} and {memory[2]:.0f}"
     cached, new = (bench["start", way]["first_batch"] for way in ("cached", "nothing cached"))
     yield "README.md", f"of pets after {cached:.1f} s, or {new:.1f} s where nothing is cached"
+    for run in read("segnet_pretrain"):
+        yield "README.md", f"| {run['name']} | {run['scores']['accuracy']:.3f} | {run['scores']['miou']:.3f} |"
     for run in read("drive"):
         yield "README.md", f"| {run['name']} | {run['scores']['dice']:.3f} | {run['scores']['miou']:.3f} |"
     for name in dict.fromkeys(run["name"] for run in read("puzzle")):
@@ -98,6 +100,6 @@ def test_figure_is_the_measured_one(file, text):
 
 def test_commands_of_the_results_are_accepted():
     for result in (read("pretrain"), read("vqvae"), *(run for name in (
-            "codebook", "memory", "baselines", "toy_baselines", "drive", "puzzle", "camvid") for run in read(name))):
+            "codebook", "memory", "baselines", "toy_baselines", "drive", "puzzle", "camvid", "segnet_pretrain") for run in read(name))):
         script, *argv = result["command"].split()[1:]
         load(script[:-3]).parse_args(argv)
