@@ -43,6 +43,11 @@ def peak():
     """The most memory that this process has had, in MiB, as Linux counts it."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
+def alone(code, cwd=None):
+    """Run code in a process of its own, with this file as b -> the finished process."""
+    return subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]); import bench as b; {code}",
+                           str(ROOT / "tests")], cwd=cwd, capture_output=True, text=True)
+
 def compare(title, ours, theirs, amount, unit, args, goal):
     """One row: amount per second of both in turn, and the ratio pair by pair."""
     ours(), theirs()                                    # warm-up
@@ -212,15 +217,13 @@ def ladder(args):
         return print("ladder: left out, no oxford-iiit-pet under --root")
     print("ladder: fine-tuning the small VQ-VAE on pets at 64 px, each row with one trick more, in a process of its own")
     for rung, title in enumerate(RUNGS):
-        code = f"import sys; sys.path.insert(0, sys.argv[1]); import bench; bench.climb({rung}, sys.argv[2], sys.argv[3])"
-        done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tests"), args.root, str(args.device)],
-                              capture_output=True, text=True)
+        done = alone(f"b.climb({rung}, {args.root!r}, {str(args.device)!r})")
         if done.returncode:
             print(f"  {title:46}left out: {done.stderr.strip().splitlines()[-1][:60]}")
             continue
-        speed, peak = map(float, done.stdout.split()[-2:])
-        print(f"  {title:46}{speed:10,.0f} images/s   {peak:8,.0f} MiB at most", flush=True)
-        note(title, images_per_second=speed, mib=peak)
+        speed, mib = map(float, done.stdout.split()[-2:])
+        print(f"  {title:46}{speed:10,.0f} images/s   {mib:8,.0f} MiB at most", flush=True)
+        note(title, images_per_second=speed, mib=mib)
 
 # --- source: the same network as its authors trained it -----------------------------------------------
 
@@ -324,9 +327,7 @@ def quantiser(args):
 
 def child(prepare, run):
     """MiB by which `run` raises the peak memory of a fresh process above that of `prepare`, or None."""
-    code = ("import sys, torch; sys.path.insert(0, sys.argv[1]); import bench as b; torch.set_num_threads(2);"
-            f"step = {prepare}; before = b.peak(); {run}; print(b.peak() - before)")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tests")], capture_output=True, text=True)
+    done = alone(f"import torch; torch.set_num_threads(2); step = {prepare}; before = b.peak(); {run}; print(b.peak() - before)")
     return float(done.stdout) if done.returncode == 0 else None
 
 # --- peers: segmentation-models-pytorch ---------------------------------------------------------------
@@ -451,17 +452,15 @@ def growth(args):
 
 # --- folder: from so many files to the first batch --------------------------------------------------------
 
-FOLDER = """
-import importlib.util, sys, time
-spec = importlib.util.spec_from_file_location("pretrain", sys.argv[1]); m = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(m)
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-args = m.parse_args(["--data", sys.argv[2], "--size", "32", "32"])
-began, before = time.perf_counter(), peak()
-images, index = m.load_photos(args); took, more = time.perf_counter() - began, peak() - before
-began = time.perf_counter(); m.load_photos(args)
-print(took, time.perf_counter() - began, more, len(index))
-"""
+def fill(photos):
+    """Decode a folder into the cache below, start again from that -> seconds, seconds, MiB, number of photos."""
+    m = load("pretrain")
+    args = m.parse_args(["--data", photos, "--size", "32", "32"])
+    before, began = peak(), time.perf_counter()
+    index = m.load_photos(args)[1]
+    first, more, began = time.perf_counter() - began, peak() - before, time.perf_counter()
+    m.load_photos(args)
+    print(first, time.perf_counter() - began, more, len(index))
 
 def folder(args):
     print("folder: pretrain.py decodes a folder of JPEG files of 32 px into its cache, and starts from it again")
@@ -473,11 +472,11 @@ def folder(args):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((32, 32)).save(file)
                 made += 1
-            done = subprocess.run([sys.executable, "-c", FOLDER, str(ROOT / "pretrain.py"), str(Path(place, "photos"))],
-                                  cwd=place, capture_output=True, text=True, check=True)
-            first, again, peak, taken = map(float, done.stdout.split()[-4:])
-            print(f"  {n:>9,} files: {n / first:8,.0f} a second, {peak:6,.0f} MiB more than before; again {again:6.1f} s", flush=True)
-            note(f"{n:,} files", files_per_second=n / first, mib=peak, again=again, taken=taken)
+            done = alone(f"b.fill({str(Path(place, 'photos'))!r})", place)
+            done.check_returncode()
+            first, again, mib, taken = map(float, done.stdout.split()[-4:])
+            print(f"  {n:>9,} files: {n / first:8,.0f} a second, {mib:6,.0f} MiB more than before; again {again:6.1f} s", flush=True)
+            note(f"{n:,} files", files_per_second=n / first, mib=mib, again=again, taken=taken)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
