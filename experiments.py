@@ -73,6 +73,7 @@ COLUMNS = {"imbalance": ["accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
            "camvid": ["accuracy", "miou", "D7_dice", "images_per_second"],
            "retina": ["dice", "miou", "D6_dice"],
            "puzzle": ["accuracy", "precision", "recall", "f1", "miou"]}
+REFERENCE = {"pretraining": "none", "imbalance": "same number, all breeds"}
 TITLES = {"miou": "mIoU", "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
           "dog_miou": "dogs mIoU", "multiply_adds": "multiply-adds",
           "images_per_second": "images/s"}
@@ -326,13 +327,15 @@ def markdown(records, experiment):
     for label, group in groups.items():
         values = [cell([record.get(column) for record in group.values()]) for column in columns]
         lines.append(f"| {label} | " + " | ".join(values) + f" | {published.get(label, '')} |")
-    pairs = [(label, f"scratch{label[len('pre-trained'):]}") for label in groups
-             if label.startswith("pre-trained")] if experiment == "labels" else []
-    for label, other in [pair for pair in pairs if pair[1] in groups]:
-        mean, std = paired(groups[label], groups[other])
-        lines += ["", f"{label}: mIoU {mean:+.4f}" + (f" ± {std:.4f}" if std else "")
-                  + " against scratch, seed by seed."]
-    return "\n".join(lines) + "\n"
+    lines.append("")
+    for label, group in groups.items():                # the arm without what is asked about
+        other = REFERENCE.get(experiment) or re.sub("pre-trained|scratch, as long", "scratch",
+                                                    label)
+        if other in groups and other != label:
+            mean, std = paired(group, groups[other])
+            lines.append(f"- {label}: mIoU {mean:+.4f}" + (f" ± {std:.4f}" if std else "")
+                         + f" against {other}, seed by seed.")
+    return "\n".join(lines).strip() + "\n"
 # --- page -----------------------------------------------------------------------------------------
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
@@ -398,7 +401,7 @@ def page(records):
         head = "".join(f"<th>{text}</th>" for text in rows[0])
         body = "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>"
                        for row in rows[1:])
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in lines[1:]
+        notes = "".join(f"<p>{html.escape(line.lstrip('- '))}</p>" for line in lines[1:]
                         if line and line[0] != "|")
         parts.append(f"<h2>{experiment}</h2><table><tr>{head}</tr>{body}</table>{notes}"
                      + (charts(records, experiment) if experiment in ACROSS else ""))

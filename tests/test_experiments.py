@@ -193,6 +193,20 @@ def test_table_of_a_file(stubs, capsys):
     e.main(["--table", "checkpoints/experiments/results.json"])
     assert capsys.readouterr().out.strip() == Path("checkpoints/experiments/results.md").read_text().strip()
 
+def test_differences_stand_below_the_table():
+    """Every arm that has one beside which it stands, with the spread of its differences."""
+    def record(arm, seed, miou, experiment):
+        return {"experiment": experiment, "arm": arm, "seed": seed, "miou": miou, "size": [32, 32], "data": "toy",
+                "photos": 9, "device": "cpu", "torch": "2.11"}
+    records = [record(arm, s, base + gain + 0.001 * s * (gain > 0), "labels") for s, base in enumerate((0.5, 0.6))
+               for arm, gain in (("pre-trained, 10 %", 0.02), ("scratch, 10 %", 0), ("scratch, as long, 10 %", 0.05))]
+    assert [line for line in e.markdown(records, "labels").splitlines() if line.startswith("- ")] == [
+        "- pre-trained, 10 %: mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
+        "- scratch, as long, 10 %: mIoU +0.0505 ± 0.0007 against scratch, 10 %, seed by seed."]
+    records = [record(arm, 0, miou, "pretraining") for arm, miou in (("all", 0.5), ("half", 0.625), ("none", 0.25))]
+    assert [line for line in e.markdown(records, "pretraining").splitlines() if line.startswith("- ")] == [
+        "- all: mIoU +0.2500 against none, seed by seed.", "- half: mIoU +0.3750 against none, seed by seed."]
+
 # --- statistics -------------------------------------------------------------------------------------
 
 def test_a_difference_is_taken_seed_by_seed():
