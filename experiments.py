@@ -23,7 +23,7 @@ from pathlib import Path
 PROTOCOL = {"toy": {"size": 32, "epochs": 6, "pretrain_epochs": 2, "photos": (3687, 999),
                     "lrs": (2e-3,), "fracs": (1.0, 0.1), "unlabelled": "toy"},
             "pets": {"size": 128, "epochs": 40, "pretrain_epochs": 20, "photos": (22974, 3310),
-                     "lrs": (3e-4, 1e-3, 3e-3), "fracs": (1.0, 0.5, 0.25, 0.1),
+                     "lrs": (1e-3, 3e-3, 1e-2), "fracs": (1.0, 0.5, 0.25, 0.1),
                      "unlabelled": "catdog"}}
 HERE = Path(__file__).resolve().parent
 MASK = ("--mask", "0.5-0.75", "--patch", "8")    # of pre-training, unless that is the question
@@ -67,17 +67,18 @@ NOTES = {
               "Dilation8 .653, LinkNet .683.",
     "retina": "The published figure is one minus the loss on the training photos.",
     "puzzle": "Four test photos: differences of half a point mean nothing."}
-COLUMNS = {"imbalance": ["accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
-           "models": ["accuracy", "miou", "D1_dice", "D2_dice", "D3_dice", "parameters",
+COLUMNS = {"imbalance": ["lr", "accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
+           "models": ["lr", "accuracy", "miou", "D1_dice", "D2_dice", "D3_dice", "parameters",
                       "multiply_adds", "images_per_second", "memory_gb"],
            "camvid": ["accuracy", "miou", "D7_dice", "images_per_second"],
            "retina": ["dice", "miou", "D6_dice"],
            "puzzle": ["accuracy", "precision", "recall", "f1", "miou"]}
-REFERENCE = {"pretraining": "none", "imbalance": "same number, all breeds"}
+REFERENCE = {"pretraining": "none", "imbalance": "same number, all breeds",
+             "masks": "no pre-training"}
 TITLES = {"miou": "mIoU", "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
           "dog_miou": "dogs mIoU", "multiply_adds": "multiply-adds",
-          "images_per_second": "images/s"}
-USUAL = ["accuracy", "miou", "dice", "D1_dice", "D1_iou"]
+          "images_per_second": "images/s in training"}
+USUAL = ["lr", "accuracy", "miou", "dice", "D1_dice", "D1_iou"]
 
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
@@ -101,7 +102,7 @@ def parse_args(argv=None):
     add("--root", default="data", help="where the data sets lie; camvid, drive and puzzle too")
     add("--size", type=whole, help="side in pixels; default: 128 for pets, 32 for toy")
     add = p.add_argument_group("protocol").add_argument
-    add("--seeds", type=whole, default=3, help="runs of each arm; tables give mean and spread")
+    add("--seeds", type=whole, help="runs of each arm, mean and spread; default: 3, quick: 1")
     add("--epochs", type=whole, help="with all labels; with fewer labels as many steps as that")
     add("--pretrain-epochs", type=whole, help="passes over the unlabelled photos")
     add = p.add_argument_group("runtime").add_argument
@@ -152,12 +153,15 @@ def plan(name, args):
                 tuned("three cat breeds", args, more=three) | {
                     "epochs": max(1, round(args.epochs / 0.758))}]
     if name == "masks":
-        once = {"seeds": 1, "lrs": args.lrs[len(args.lrs) // 2:][:1]}
+        ## A screening: one seed, the middle rate; experiment gives the best two all seeds.
+        rate = {"lrs": [args.lrs[len(args.lrs) // 2]]}
+        once = rate | {"seeds": 1}
         grid = [(f"{low}-{high}", patch) for low, high in ((0.05, 0.25), (0.25, 0.5), (0.5, 0.75),
                                                            (0.75, 0.9)) for patch in (8, 16)]
-        grid = grid if args.data != "toy" else grid[:1] + grid[4:5]
-        return [tuned(f"{mask} of the area, {patch} px", args, 0.1, pre=(
-            "--mask", mask, "--patch", str(patch)), **once) for mask, patch in grid] + [
+        grid = grid if args.data != "toy" else grid[:1] + grid[4:5]    # 5-25 and 50-75 %, 8 px
+        return [scratch("no pre-training", 0.1) | rate] + [
+            tuned(f"{mask} of the area, {patch} px", args, 0.1, pre=(
+                "--mask", mask, "--patch", str(patch)), **once) for mask, patch in grid] + [
             tuned("one square of 5-25 % of the side", args, 0.1, pre=(
                 "--mask-style", "square", "--mask", "0.0025-0.0625"), **once)]
     if name in ("models", "blur"):
@@ -185,7 +189,7 @@ def plan(name, args):
         flags = ("--data", folder, "--size", 512, "--loss", "dice+iou", "--batch-size", 2)
         return [arm("LinkNet", "linknet", *flags, "--weights", "none", epochs=100, **own),
                 arm("U-Net", "unet", *flags, "--width", 16, epochs=100, **own)]
-    flags = ("--data", folder, "--size", 192, 256, "--batch-size", 2)
+    flags = ("--data", folder, "--size", 192, 256, "--batch-size", 2)          # puzzle
     return [arm("transposed", "unet", *flags, "--width", 16, epochs=100, **own),
             arm("bilinear", "unet", *flags, "--width", 16, "--up", "bilinear", epochs=100, **own),
             arm("ResNet-34", "unet", *flags, "--encoder", "resnet34", "--up", "bilinear",
@@ -193,7 +197,7 @@ def plan(name, args):
 # --- run ------------------------------------------------------------------------------------------
 def command_of(args, script, flags):
     """The words of a child's command; its folder's name comes from them, so that a run is found
-    again if and only if all of its flags are the same."""
+    again if and only if all of its flags are the same (an edited script is not noticed)."""
     words = [f"{script}.py", *flags, "--device", args.device]
     for flag, value in (("--data", args.unlabelled if script == "pretrain" else args.data),
                         ("--root", args.root), ("--size", args.size)):
@@ -204,7 +208,7 @@ def share_of(words):
     """The share of the training photos that a command takes."""
     return float(words[words.index("--frac") + 1]) if "--frac" in words else 1.0
 def pretraining_of(args, arm, seed):
-    epochs = str(round(args.pretrain_epochs / share_of(arm["pre"])))       # half: as many steps
+    epochs = str(round(args.pretrain_epochs / share_of(arm["pre"])))       # half the photos twice
     return command_of(args, "pretrain", [*arm["pre"], "--epochs", epochs, "--seed", str(seed)])
 def training_of(args, arm, seed, lr):
     init = ["--init", f"{pretraining_of(args, arm, seed)[-1]}/best.pt"] if arm["pre"] else []
@@ -216,26 +220,32 @@ def finished(command):
         return json.loads(Path(command[-1], "result.json").read_text())
     except (OSError, ValueError):
         return None
-def run_child(args, command, env):
-    """One child until it ends, its output in OUT.log. Its stdout is a pipe of ours, so that a child
-    whose parent was killed ends too, at its next epoch."""
+def run_child(args, command, env, search=False):
+    """One child until it ends, its output in OUT.log -> its exit code, None if it diverged in a
+    search. Its stdout is a pipe of ours, so that a child whose parent was killed ends too, at its
+    next epoch."""
     folder, last = Path(command[-1]), ""
     more = ["--resume"] if (folder / "last.pt").exists() else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     child = subprocess.Popen([sys.executable, HERE / command[0], *command[1:], *more], env=env,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     args.children.append(child)
-    with open(f"{folder}.log", "a") as log:
+    if args.stopped:                                   # meanwhile: nobody will end this one
+        child.terminate()
+    with open(f"{folder}.log", "a", buffering=1) as log:
         for line in child.stdout:
             log.write(line)
             last = line.strip() or last
     if child.wait() and "another run writes there" in last:
-        return run_child(args, command, env)           # a child of a killed call was still at it
+        return run_child(args, command, env, search)   # a child of a killed call was still at it
+    if child.returncode and search and "loss is not finite" in last:
+        return None                                    # too high a learning rate is an answer too
     if child.returncode not in (0, 130, -signal.SIGINT):
         raise RuntimeError(f"{shlex.join(command)}: {last} (all of it in {folder}.log)")
     return child.returncode
-def run_all(args, commands):
-    """Run what is not finished, --jobs at a time -> the results, in the order of the commands."""
+def run_all(args, commands, search=False):
+    """Run what is not finished, --jobs at a time -> the results, in the order of the commands; None
+    for what diverged in a search."""
     todo = [c for i, c in enumerate(commands) if not finished(c) and c not in commands[:i]]
     if args.dry_run:
         for command in todo:
@@ -243,16 +253,18 @@ def run_all(args, commands):
         args.planned += todo
         return [finished(command) or {} for command in commands]
     cores, began = max(1, (os.cpu_count() or 1) // args.jobs), time.monotonic()
-    env = os.environ | ({"OMP_NUM_THREADS": str(cores)} if args.jobs > 1 else {})
+    env = os.environ | ({"OMP_NUM_THREADS": str(cores)} if args.jobs > 1 else {}) | {
+        "PYTHONUNBUFFERED": "1"}                       # or an error would come before older lines
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(run_child, args, command, env) for command in todo]
+        waiting = [pool.submit(run_child, args, command, env, search) for command in todo]
         try:
             for i, (command, future) in enumerate(zip(todo, waiting)):
                 if future.result():
                     raise KeyboardInterrupt            # the child was stopped, so are we
                 print(f"{i + 1:>4}/{len(todo):<4}{time.monotonic() - began:7.0f} s  "
                       f"{shlex.join(command)}", flush=True)
-        except (KeyboardInterrupt, RuntimeError):
+        except BaseException:
+            args.stopped = True
             for future in waiting:
                 future.cancel()
             for child in args.children:
@@ -263,15 +275,14 @@ def evaluate_all(args, folders, blur):
     """Have evaluate.py score what has no scores yet -> {folder: record}."""
     name = f"test-{blur:g}.json"
     todo = [folder for folder in folders if not Path(folder, name).exists()]
-    if todo and not args.dry_run:
+    if todo:
         collected = Path(args.out, "scores.json")
         subprocess.run([sys.executable, HERE / "evaluate.py", *todo, "--as-published", "--blur",
                         str(blur), "--device", args.device, "--json", collected], check=True,
                        stdout=subprocess.DEVNULL)
         for folder, record in zip(todo, json.loads(collected.read_text())):
             save(Path(folder, name), lambda file: file.write_text(json.dumps(record)))
-    return {folder: json.loads(Path(folder, name).read_text()) for folder in folders
-            if Path(folder, name).exists()}
+    return {folder: json.loads(Path(folder, name).read_text()) for folder in folders}
 def run_stage(args, arms, seeds):
     """Pre-trainings first, then the trainings of all arms: with the first seed the search for a
     learning rate, which sets arm["lr"], then the other seeds with what was found."""
@@ -284,10 +295,13 @@ def run_stage(args, arms, seeds):
                 a["lr"] = next(b["lr"] for b in arms if b["label"] == a["like"])
         runs = [(a, seed, lr) for a, seed in pairs if bool(a["like"]) == follows
                 for lr in ([a["lr"]] if "lr" in a else a["lrs"] or args.lrs)]
-        results = run_all(args, [training_of(args, *run) for run in runs])
+        search = 0 in seeds and not follows
+        results = run_all(args, [training_of(args, *run) for run in runs], search)
         for a in [a for a in group if "lr" not in a]:
-            a["val"], a["lr"] = max((result.get("val_miou", 0), lr) for (b, _, lr), result in
-                                    zip(runs, results) if b is a)
+            a["val"], a["lr"] = max(((result or {}).get("val_miou", 0), lr)
+                                    for (b, _, lr), result in zip(runs, results) if b is a)
+            if not a["val"] and not args.dry_run:
+                raise RuntimeError(f"{a['label']}: the loss is not finite at any learning rate")
 # --- tables ---------------------------------------------------------------------------------------
 def grouped(records, experiment):
     """{arm: {seed: record}} in the order in which they came."""
@@ -308,8 +322,8 @@ def cell(values):
     return f"{mean:,.0f}" if mean >= 10 else f"{mean:.4f}" + (f" ± {std:.4f}" if std else "")
 def paired(one, other, key="miou"):
     """Mean and deviation of the differences of two arms, taken seed by seed."""
-    ## What a seed does to both arms (the order of the photos, the augmentation) cancels in the
-    ## difference, so this spread is smaller than that of either arm.
+    ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. Of
+    ## three seeds the mean is known to about two and a half deviations (Student's t, 95 %).
     return spread([one[seed][key] - other[seed][key] for seed in one if seed in other])
 def markdown(records, experiment):
     """The rows of one experiment as Markdown, with the published numbers and what they mean."""
@@ -319,7 +333,8 @@ def markdown(records, experiment):
     size = "x".join(map(str, first["size"]))
     lines = [f"### {experiment}", "", f"{first['data']}, {size} pixels, {first['photos']} test "
              f"photos, {first['device']}, torch {first['torch']}, " + (
-                 f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "one seed")
+                 f"{seeds} seeds, mean ± standard deviation" + (" (rows without: one seed)" if min(
+                     map(len, groups.values())) < seeds else "") if seeds > 1 else "one seed")
              + ("; drawn pictures, so these are toy scores" if first["data"] == "toy" else "")
              + f". {NOTES[experiment]}", "", "| | " + " | ".join(
                  TITLES.get(column, column.replace("_", " ")) for column in columns)
@@ -328,13 +343,14 @@ def markdown(records, experiment):
         values = [cell([record.get(column) for record in group.values()]) for column in columns]
         lines.append(f"| {label} | " + " | ".join(values) + f" | {published.get(label, '')} |")
     lines.append("")
-    for label, group in groups.items():                # the arm without what is asked about
-        other = REFERENCE.get(experiment) or re.sub("pre-trained|scratch, as long", "scratch",
-                                                    label)
-        if other in groups and other != label:
-            mean, std = paired(group, groups[other])
-            lines.append(f"- {label}: mIoU {mean:+.4f}" + (f" ± {std:.4f}" if std else "")
-                         + f" against {other}, seed by seed.")
+    key = "cat_miou" if experiment == "imbalance" else "miou"
+    for label, group in groups.items():                # each arm beside its controls
+        for other in [REFERENCE[experiment]] if experiment in REFERENCE else [
+                label.replace("pre-trained", kind) for kind in ("scratch", "scratch, as long")]:
+            if other in groups and other != label:
+                mean, std = paired(group, groups[other], key)
+                lines.append(f"- {label}: {TITLES[key]} {mean:+.4f}" + (
+                    f" ± {std:.4f}" if std else "") + f" against {other}, seed by seed.")
     return "\n".join(lines).strip() + "\n"
 # --- page -----------------------------------------------------------------------------------------
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
@@ -361,7 +377,7 @@ def chart(title, series, across):
         out.append(f'<line x1="60" x2="480" y1="{Y(y):.1f}" y2="{Y(y):.1f}" class="g"/>'
                    + text(52, Y(y) + 4, f"{y:.3f}", 'text-anchor="end"'))
     marks = sorted(set(xs))
-    for x in [b for a, b in zip([-math.inf, *marks], marks) if X(b) - X(a) > 30 or b == left]:
+    for x in [b for a, b in zip([-math.inf, *marks], marks) if X(b) - X(a) > 30]:
         out.append(text(X(x), 270, f"{x:.3g}", 'text-anchor="middle"'))
     for (name, line), colour, row in zip(series.items(), PALETTE * 9, range(99)):
         path = " ".join(f"{X(x):.1f},{Y(mean):.1f}" for x, mean, _ in sorted(line))
@@ -438,8 +454,9 @@ def estimate(args, commands):
     rate = {}
     for path in Path(args.out).glob("*/result.json"):
         result = json.loads(path.read_text())
-        rate.setdefault(path.parent.name.rpartition("-")[0] + ".py", []).append(
-            result["total_seconds"] / (result["args"]["epochs"] * result["args"]["frac"]))
+        if result["args"]["size"][0] == args.size:
+            rate.setdefault(path.parent.name.rpartition("-")[0] + ".py", []).append(
+                result["total_seconds"] / (result["args"]["epochs"] * result["args"]["frac"]))
     if not {command[0] for command in commands} <= rate.keys():
         return None
     return sum(statistics.median(rate[command[0]]) * amount(command) for command in commands)
@@ -456,19 +473,27 @@ def experiment(args):
     if unknown or not args.names:
         fail(f"{' '.join(unknown) or 'no name'}: wanted {', '.join(GRIDS)}, all or quick")
     if "quick" in args.names:
-        args.data, args.seeds = "toy", 1
+        if args.names != ["quick"] or args.data == "pets":
+            fail("quick: six experiments on drawn pets; name others in a call of their own")
+        args.data, args.seeds = "toy", args.seeds or 1
+    args.seeds = args.seeds or 3
     args.data = args.data or ("pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy")
     for name, value in PROTOCOL[args.data].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
     names = GRIDS[:6] if "quick" in args.names else GRIDS if "all" in args.names else \
         list(dict.fromkeys(args.names))
-    args.children, args.planned, out = [], [], Path(args.out)
+    args.children, args.planned, args.stopped, out = [], [], False, Path(args.out)
     arms = {name: plan(name, args) for name in names}
+    ## The steps of the longer scratch arm follow from the photos that pre-training really had.
+    whole = [pretraining_of(args, a, 0) for a in sum(arms.values(), []) if a["pre"] == MASK][:1]
+    for result in map(finished, whole) if args.dry_run else run_all(args, whole):
+        args.photos = (result["photos"], args.photos[1]) if result else args.photos
+    arms |= {name: plan(name, args) for name in names if name in ("labels", "pretraining")}
     every = [a for group in arms.values() for a in group]
-    ## 2. The search with the first seed. Of the masks two and the usual one go on to all seeds.
+    ## 2. The search with the first seed. Of the masks the best two go on to all seeds, and 5-25 %.
     run_stage(args, every, [0])
-    screened = sorted(arms.get("masks", []), key=lambda a: -a["val"])
+    screened = sorted([a for a in arms.get("masks", []) if a["pre"]], key=lambda a: -a["val"])
     for a in screened[:2] + [a for a in screened if "0.05-0.25" in a["label"]][:1]:
         a["seeds"] = None
     ## 3. The other seeds, with the learning rates found.
@@ -498,13 +523,19 @@ def experiment(args):
                                                     "torch", "size", "data", "photos")},
                     **{key: result[key] for key in ("val_miou", "images_per_second",
                                                     "memory_gb", "total_seconds")}})
-    ## 5. Results, tables, page.
-    records.sort(key=lambda record: names.index(record["experiment"]))
-    tables = "\n".join(markdown(records, name) for name in names if grouped(records, name))
-    for name, text in (("results.json", json.dumps(records, indent=1)), ("results.md", tables),
-                       ("report.html", page(records))):
+    ## 5. Results, tables, page; what other experiments left there stays.
+    try:
+        earlier = json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        earlier = []
+    records += [record for record in earlier if record["experiment"] not in names]
+    records.sort(key=lambda record: GRIDS.index(record["experiment"]))
+    tables = {name: markdown(records, name) for name in GRIDS if grouped(records, name)}
+    for name, text in (("results.json", json.dumps(records, indent=1)),
+                       ("results.md", "\n".join(tables.values())), ("report.html", page(records))):
         save(out / name, lambda file: file.write_text(text, encoding="utf-8"))
-    print(f"\n{tables}\nresults  {out}/results.json, results.md, report.html")
+    print("\n" + "\n".join(tables[name] for name in names if name in tables)
+          + f"\nresults  {out}/results.json, results.md, report.html")
 def main(argv=None):
     """experiment, with one line for a traceback where a child or the machine gives out."""
     args = parse_args(argv)

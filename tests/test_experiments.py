@@ -18,7 +18,7 @@ def settled(*argv):
     for name, value in e.PROTOCOL[args.data].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
-    args.children, args.planned = [], []
+    args.children, args.planned, args.stopped = [], [], False
     return args
 
 def flag(command, name, default=None):
@@ -92,14 +92,16 @@ def stubs(here, monkeypatch):
     """run_child and evaluate.py write made-up results -> the list of commands that ran. mIoU falls
     with the distance of the learning rate from 1e-3 and rises with the seed."""
     ran = []
-    def child(args, command, env):
+    def child(args, command, env, search):
         ran.append(command)
         seed, lr = int(flag(command, "--seed")), float(flag(command, "--lr", 1e-3))
         Path(command[-1]).mkdir(parents=True)
         value = 0.6 - abs(math.log10(lr / 1e-3)) / 10 + seed / 100 + (flag(command, "--init") != "none") / 20
         Path(command[-1], "result.json").write_text(json.dumps({
             "val_miou": value, "total_seconds": 60.0, "images_per_second": 9.0, "memory_gb": None,
-            "args": {"epochs": int(flag(command, "--epochs")), "frac": float(flag(command, "--frac", 1))}}))
+            "photos": 22974, "args": {"size": [int(flag(command, "--size"))] * 2,
+                                      "epochs": int(flag(command, "--epochs")),
+                                      "frac": float(flag(command, "--frac", 1))}}))
         return 0
     def evaluate(command, **_):
         folders = [word for word in map(str, command) if Path(word, "result.json").exists()]
@@ -107,7 +109,8 @@ def stubs(here, monkeypatch):
         Path(flag([*map(str, command)], "--json")).write_text(json.dumps([{
             "parameters": 7, "multiply_adds": 10**6, "device": "cpu", "torch": "2", "size": [32, 32], "data": "toy",
             "photos": 5, "scores": {key: json.loads(Path(f, "result.json").read_text())["val_miou"] - blur / 1000
-                                    for key in ("accuracy", "miou", "dice", "D1_dice", "D1_iou")}} for f in folders]))
+                                    for key in ("accuracy", "miou", "cat_miou", "dice", "D1_dice", "D1_iou")}}
+            for f in folders]))
     monkeypatch.setattr(e, "run_child", child)
     monkeypatch.setattr(subprocess, "run", evaluate)
     return ran
@@ -122,7 +125,7 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     assert len(records) == (4 * 2 + 2) * 3 and {r["lr"] for r in records} == {1e-3}
     out = capsys.readouterr().out
-    assert "| pre-trained, 10 % | 0.6600 ± 0.0100 |" in out and "pre-trained, 10 %: mIoU +0.0500" in out
+    assert "| pre-trained, 10 % | 0.0010 | 0.6600 ± 0.0100 |" in out and "pre-trained, 10 %: mIoU +0.0500" in out
     assert "D1 .829 / .719" in out and Path("checkpoints/experiments/results.md").read_text() in out
     page = Path("checkpoints/experiments/report.html").read_text()
     assert page.count("<svg") == 1 and "python finetune.py" in page and "http" not in page
@@ -132,12 +135,45 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     e.main(["labels", "pretraining", "--data", "pets", "--seeds", "3"])
     assert {flag(c, "--frac") for c in stubs[before:]} == {"0.5", "1.0"}    # only half the photos is new
     assert len(stubs) - before == 3 + 5
+    before = len(stubs)
+    e.main(["imbalance", "--data", "pets", "--seeds", "1"])            # what else stands there stays
+    records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    assert list(dict.fromkeys(r["experiment"] for r in records)) == ["labels", "pretraining", "imbalance"]
+    assert "### labels" in Path("checkpoints/experiments/results.md").read_text()
+
+def test_a_rate_that_is_too_high_loses_the_search(stubs, monkeypatch, refuse):
+    good = e.run_child
+    def child(args, command, env, search):
+        if command[0] != "pretrain.py" and float(flag(command, "--lr")) in bad:
+            if search:
+                return None
+            raise RuntimeError(f"{command[0]}: the loss is not finite")
+        return good(args, command, env, search)
+    monkeypatch.setattr(e, "run_child", child)
+    bad = {1e-3}                                                       # the best one of the stubs
+    e.main(["pretraining", "--data", "pets", "--seeds", "2"])
+    assert {r["lr"] for r in json.loads(Path("checkpoints/experiments/results.json").read_text())} == {3e-3}
+    bad |= {3e-3, 1e-2}
+    assert "not finite at any" in refuse("experiments", "blur", "--data", "pets", "--seeds", "1")
+
+def test_the_longer_arm_follows_from_the_photos_that_were_there(stubs, monkeypatch):
+    good = e.run_child
+    def child(args, command, env, search):
+        code = good(args, command, env, search)
+        path = Path(command[-1], "result.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"photos": 2 * 3310}))
+        return code
+    monkeypatch.setattr(e, "run_child", child)
+    e.main(["labels", "--data", "pets", "--seeds", "1", "--epochs", "3", "--pretrain-epochs", "5"])
+    assert any(flag(c, "--frac") == "1.0" and flag(c, "--epochs") == str(3 + 2 * 5) for c in stubs)
+    assert any(flag(c, "--frac") == "0.1" and flag(c, "--epochs") == str(10 * (3 + 2 * 5)) for c in stubs)
 
 def test_masks_are_screened_with_one_seed(stubs):
     e.main(["masks", "--data", "pets", "--seeds", "3"])
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     seeds = {label: len(group) for label, group in e.grouped(records, "masks").items()}
-    assert len(seeds) == 9 and sorted(seeds.values()) in ([1] * 7 + [3] * 2, [1] * 6 + [3] * 3)
+    assert len(seeds) == 10 and sorted(seeds.values()) in ([1] * 7 + [3] * 3, [1] * 6 + [3] * 4)
+    assert seeds["no pre-training"] == 3
     assert max(n for label, n in seeds.items() if "0.05-0.25" in label) == 3
 
 def test_blur_scores_without_training(stubs):
@@ -146,6 +182,7 @@ def test_blur_scores_without_training(stubs):
     e.main(["blur", "--data", "toy", "--seeds", "1"])
     assert len(stubs) == before
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    records = [record for record in records if record["experiment"] == "blur"]
     assert len(records) == 5 * 5 and records[-1]["arm"] == "U-Net, 100 %"
 
 def test_dry_run(stubs, capsys):
@@ -158,14 +195,14 @@ def test_dry_run(stubs, capsys):
     assert re.search(r"11 runs, about \d+ min", capsys.readouterr().out)
 
 def test_a_child_that_fails_is_named(stubs, monkeypatch, refuse):
-    def broken(args, command, env):
+    def broken(args, command, env, search):
         raise RuntimeError(f"{command[0]}: no space left")
     monkeypatch.setattr(e, "run_child", broken)
     assert "pretrain.py: no space left" in refuse("experiments", "labels", "--data", "toy")
 
 def test_a_stop_starts_nothing_more(stubs, monkeypatch, capsys):
     started = []
-    def stopped(args, command, env):
+    def stopped(args, command, env, search):
         started.append(command)
         time.sleep(0.2)
         return 130
@@ -173,7 +210,7 @@ def test_a_stop_starts_nothing_more(stubs, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         e.main(["labels", "--data", "pets", "--seeds", "1"])
     waiting = settled("--data", "pets")
-    commands = [e.pretraining_of(waiting, a, seed) for a in e.plan("masks", waiting) for seed in (0, 1)]
+    commands = [e.pretraining_of(waiting, a, seed) for a in e.plan("masks", waiting)[1:] for seed in (0, 1)]
     with pytest.raises(KeyboardInterrupt):
         e.run_all(waiting, commands)
     assert stop.value.code == 130 and "goes on" in capsys.readouterr().out
@@ -183,6 +220,8 @@ def test_bad_input(refuse, here):
     assert "labels" in refuse("experiments")
     assert "everything" in refuse("experiments", "everything")
     assert "--seeds" in refuse("experiments", "quick", "--seeds", "0")
+    assert "drawn pets" in refuse("experiments", "quick", "camvid")
+    assert "drawn pets" in refuse("experiments", "quick", "--data", "pets")
     Path("r.json").write_text("[1, 2]")
     assert "r.json" in refuse("experiments", "--table", "r.json")
     assert "nowhere" in refuse("experiments", "--table", "nowhere.json")
@@ -202,7 +241,7 @@ def test_differences_stand_below_the_table():
                for arm, gain in (("pre-trained, 10 %", 0.02), ("scratch, 10 %", 0), ("scratch, as long, 10 %", 0.05))]
     assert [line for line in e.markdown(records, "labels").splitlines() if line.startswith("- ")] == [
         "- pre-trained, 10 %: mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
-        "- scratch, as long, 10 %: mIoU +0.0505 ± 0.0007 against scratch, 10 %, seed by seed."]
+        "- pre-trained, 10 %: mIoU -0.0300 against scratch, as long, 10 %, seed by seed."]
     records = [record(arm, 0, miou, "pretraining") for arm, miou in (("all", 0.5), ("half", 0.625), ("none", 0.25))]
     assert [line for line in e.markdown(records, "pretraining").splitlines() if line.startswith("- ")] == [
         "- all: mIoU +0.2500 against none, seed by seed.", "- half: mIoU +0.3750 against none, seed by seed."]
@@ -221,6 +260,42 @@ def test_chart_shows_every_point():
     svg = e.chart("a", {"x & y": [(1, 0.5, 0.1), (2, 0.6, 0)], "z": [(1, 0.4, 0)]}, "labels")
     assert svg.count("<circle") == 3 and svg.count("<polyline") == 2 and "x &amp; y" in svg
     assert "nan" not in e.chart("one point", {"a": [(1, 0.5, 0)]}, "x")
+
+# --- a child of our own -----------------------------------------------------------------------------
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """write(text): run_all starts a script with that text -> its arguments and one command."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(e, "HERE", tmp_path)
+    def write(text):
+        Path("unet.py").write_text("import pathlib, sys, time\n" + text)
+        return settled(), ["unet.py", "--out", "checkpoints/unet-1"]
+    return write
+
+def test_the_error_of_a_child_is_its_last_line(child):
+    args, command = child("print('a header')\nprint('unet.py: error: no data', file=sys.stderr)\nsys.exit(2)")
+    with pytest.raises(RuntimeError, match="unet.py: error: no data"):
+        e.run_all(args, [command])
+    assert Path("checkpoints/unet-1.log").read_text().splitlines() == ["a header", "unet.py: error: no data"]
+
+def test_a_child_that_diverges_ends_a_training_but_not_a_search(child):
+    args, command = child("print('epoch 1')\nsys.exit('unet.py: error: the loss is not finite in epoch 2')")
+    assert e.run_all(args, [command], True) == [None]
+    with pytest.raises(RuntimeError, match="not finite"):
+        e.run_all(args, [command])
+
+def test_nothing_goes_on_after_a_failure(child):
+    args, command = child("pathlib.Path(sys.argv[2]).mkdir(parents=True)\nif sys.argv[2].endswith('1'):\n"
+                          "    sys.exit('unet.py: error: no data')\ntime.sleep(60)")
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="no data"):
+        e.run_all(args, [command[:2] + [f"checkpoints/unet-{i}"] for i in (1, 2, 3)])
+    args.stopped = True                            # as another thread would see it that starts one just then
+    with pytest.raises(RuntimeError):
+        e.run_child(args, [*command[:2], "checkpoints/unet-4"], None)
+    assert time.monotonic() - began < 30 and not Path("checkpoints/unet-3").exists()
 
 # --- real children ----------------------------------------------------------------------------------
 
