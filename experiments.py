@@ -119,10 +119,10 @@ def parse_args(argv=None):
 ## the validation photos, with the first seed.
 
 def arm(label, script, *flags, pre=None, epochs=1, lrs=None, like=None, seeds=None):
-    """One line of a table; pre: flags of the pre-training it starts from; like: the arm whose
-    learning rate it takes over instead of searching."""
+    """One line of a table; pre: flags of the pre-training it starts from; lrs: rates to search;
+    like: the arm whose rate it takes over instead; lr, val: the rate found, its score there."""
     return {"label": label, "script": script, "flags": [str(flag) for flag in flags], "pre": pre,
-            "epochs": epochs, "lrs": lrs, "like": like, "seeds": seeds}
+            "epochs": epochs, "lrs": lrs, "like": like, "seeds": seeds, "lr": None, "val": 0}
 def tuned(label, args, frac=1.0, pre=MASK, more=(), **options):
     """An arm of finetune.py; fewer labels, so many more epochs: the steps stay the same."""
     return arm(label, "finetune", "--frac", frac, *more, pre=pre,
@@ -289,19 +289,19 @@ def run_stage(args, arms, seeds):
     pairs = [(a, seed) for a in arms for seed in seeds if seed < (a["seeds"] or args.seeds)]
     run_all(args, [pretraining_of(args, a, seed) for a, seed in pairs if a["pre"]])
     for follows in (False, True):                      # who takes a rate over comes after its owner
-        group = [a for a in arms if bool(a["like"]) == follows]
-        for a in group:
-            if follows:
-                a["lr"] = next(b["lr"] for b in arms if b["label"] == a["like"])
-        runs = [(a, seed, lr) for a, seed in pairs if bool(a["like"]) == follows
-                for lr in ([a["lr"]] if "lr" in a else a["lrs"] or args.lrs)]
-        search = 0 in seeds and not follows
+        runs, search = [], 0 in seeds and not follows
+        for a, seed in pairs:
+            if bool(a["like"]) == follows:
+                if follows:
+                    a["lr"] = next(b["lr"] for b in arms if b["label"] == a["like"])
+                rates = [a["lr"]] if a["lr"] else a["lrs"] or args.lrs
+                runs += [(a, seed, lr) for lr in rates]
         results = run_all(args, [training_of(args, *run) for run in runs], search)
-        for a in [a for a in group if "lr" not in a]:
-            a["val"], a["lr"] = max(((result or {}).get("val_miou", 0), lr)
-                                    for (b, _, lr), result in zip(runs, results) if b is a)
-            if not a["val"] and not args.dry_run:
-                raise RuntimeError(f"{a['label']}: the loss is not finite at any learning rate")
+        for (a, _, lr), result in zip(runs, results) if search else ():
+            value = (result or {}).get("val_miou", 0)
+            a["val"], a["lr"] = max((a["val"], a["lr"] or 0), (value, lr))
+        for a in [a for a, _, _ in runs if search and not a["val"] and not args.dry_run]:
+            raise RuntimeError(f"{a['label']}: the loss is not finite at any learning rate")
 # --- tables ---------------------------------------------------------------------------------------
 def grouped(records, experiment):
     """{arm: {seed: record}} in the order in which they came."""
