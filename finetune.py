@@ -66,7 +66,8 @@ def parse_args(argv=None):
     add("--ignore", type=number(int, 0, 255), help="label in a folder's masks that does not count")
     add = p.add_argument_group("model").add_argument
     add("--init", default="checkpoints/pretrain/best.pt", help="what to start from, or none")
-    add("--take", choices=("encoder", "all", "none"), default="encoder", help="none: widths only")
+    add("--take", choices=("encoder", "all", "none"), default="encoder",
+        help="encoder: and its codebook; none: its widths only")
     add, many = p.add_argument_group("optimisation").add_argument, number(int, 1, 10**6, "auto")
     add("--loss", choices=SUMS, default="bce+dice", help="their sum, equally weighted")
     add("--epochs", type=many, default="auto", help="passes over the photos")
@@ -119,7 +120,7 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
+            rows = flat.detach().split(8192) if self.training else [flat]     # 8192 fit a cache
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
@@ -134,7 +135,7 @@ class Quantiser(nn.Module):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
         usual = weight.sum() / len(self.codes)
-        place = torch.rand(len(self.codes)).to(flat.device) * weight.sum()      # (K,), among kept
+        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # among kept
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
@@ -167,7 +168,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises: He's weights (2015) keep the variance; what begins as 0 stays 0.
+        ## No layer normalises: plain convolutions get He's weights (2015); those zeroed keep 0.
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -193,7 +194,7 @@ def export(model, args, losses, images, masks):
     extra = {"meta.json": json.dumps(meta)}
     save(Path(args.out, "model.pt2"), lambda f: torch.export.save(program, f, extra_files=extra))
     return meta["metrics"]
-def take_over(model, state, take):
+def take_over(model, state, take, vectors):
     """Copy the pre-trained encoder and codebook, with "all" the decoder too, into model; never the
     head, which spoke in colours and must now speak in classes -> number of tensors taken."""
     parts = ("encoder.", "quantiser.", "decoder.")[:{"none": 0, "encoder": 2, "all": 3}[take]]
@@ -201,6 +202,9 @@ def take_over(model, state, take):
     taken = {name: tensor for name, tensor in state.items() if name.startswith(parts)
              and name in own and tensor.shape == own[name].shape}
     missing, _ = model.load_state_dict(taken, strict=False)
+    ## Masked cells were not counted, and photos may have been smaller: with the old counts, codes
+    ## in use would look unused to revive.
+    model.quantiser.counts *= vectors / model.quantiser.counts.sum().clamp(min=1e-9)
     wrong = [name for name in missing if name.startswith(parts)]
     return fail(f"--init: these tensors do not fit: {wrong}") if wrong else len(taken)
 # --- loss and scores ------------------------------------------------------------------------------
@@ -271,17 +275,17 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape) * 2 - 1              # on the CPU, whatever the device
-    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3)          # the window's share
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
-    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False).to(device)
-    x = F.grid_sample(to_float(images), grid, "bilinear", "border", align_corners=False)
-    masks = F.grid_sample(masks[:, None].float(), grid, "nearest", "border", align_corners=False)
+    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False)
+    x = F.grid_sample(to_float(images), grid, "bilinear", "reflection", align_corners=False)
+    y = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection", align_corners=False)
     contrast, light = 1 + 0.4 * u(B, 1, 1, 1), 0.2 * u(B, 1, 1, 1) + 0.1 * u(B, 3, 1, 1)
     mean = x.mean((1, 2, 3), keepdim=True)                               # (B, 1, 1, 1)
-    x = (x - mean) * contrast.to(device) + mean + light.to(device)
-    return x.clamp_(0, 1), masks[:, 0].byte()
+    x = (x - mean) * contrast + mean + light
+    return x.clamp_(0, 1), y[:, 0].byte()
 def finetune_epoch(model, images, masks, losses, optimizer, args, epoch, amp):
     """One pass over the training photos -> loss (with commitment), counts (C, C), img/s."""
     model.train()
@@ -517,7 +521,7 @@ def finetune_vqvae(args, out):
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
-    args.classes = classes = max(classes, more, key=len)       # a resumed run must have the same
+    args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
     cats = args.cats.split(",") if args.cats else CATS
     if args.cats and not set(cats) <= set(CATS) & set(breeds):
         fail(f"--cats {args.cats}: wanted breeds of pets or toy, out of {', '.join(CATS)}")
@@ -534,7 +538,9 @@ def finetune_vqvae(args, out):
     model = VQVAE(len(classes), **widths)
     segmenter = Logits(model).eval()
     if source:
-        taken, trained = take_over(model, source["model"], args.take), source["args"]["data"]
+        vectors = min(args.batch_size, len(images)) * math.prod(args.size) // 4 ** widths["downs"]
+        taken = take_over(model, source["model"], args.take, vectors)
+        trained = source["args"]["data"]
         bad = "; warning: drawn photos" if trained == "toy" and args.data != "toy" else ""
         print(f"init     {taken} of {len(source['model'])} tensors of {args.init}, {trained}{bad}")
     model.to(device, memory_format=torch.channels_last)

@@ -279,17 +279,17 @@ def plateau(history, peak, patience=5):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape) * 2 - 1              # on the CPU, whatever the device
-    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3)          # the window's share
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
-    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False).to(device)
-    x = F.grid_sample(to_float(images), grid, "bilinear", "border", align_corners=False)
-    masks = F.grid_sample(masks[:, None].float(), grid, "nearest", "border", align_corners=False)
+    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False)
+    x = F.grid_sample(to_float(images), grid, "bilinear", "reflection", align_corners=False)
+    y = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection", align_corners=False)
     contrast, light = 1 + 0.4 * u(B, 1, 1, 1), 0.2 * u(B, 1, 1, 1) + 0.1 * u(B, 3, 1, 1)
     mean = x.mean((1, 2, 3), keepdim=True)                               # (B, 1, 1, 1)
-    x = (x - mean) * contrast.to(device) + mean + light.to(device)
-    return x.clamp_(0, 1), masks[:, 0].byte()
+    x = (x - mean) * contrast + mean + light
+    return x.clamp_(0, 1), y[:, 0].byte()
 def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, amp):
     """One pass over the training photos -> loss, counts (C, C), images a second."""
     model.train()
@@ -522,7 +522,7 @@ def train_linknet(args, out):
     ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
-    args.classes = classes = max(classes, more, key=len)       # a resumed run must have the same
+    args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
     keep = subset(breeds, args.frac)[0]
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (

@@ -119,7 +119,7 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
+            rows = flat.detach().split(8192) if self.training else [flat]     # 8192 fit a cache
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
@@ -134,7 +134,7 @@ class Quantiser(nn.Module):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
         usual = weight.sum() / len(self.codes)
-        place = torch.rand(len(self.codes)).to(flat.device) * weight.sum()      # (K,), among kept
+        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # among kept
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
@@ -167,7 +167,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises: He's weights (2015) keep the variance; what begins as 0 stays 0.
+        ## No layer normalises: plain convolutions get He's weights (2015); those zeroed keep 0.
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -230,37 +230,37 @@ def share_range(text):
     if not (0 <= float(low) <= float(high or "nan") and 0.01 <= float(high) <= 0.95):
         raise argparse.ArgumentTypeError(f"{text} is not LO-HI, 0 <= LO <= HI, .01 <= HI <= .95")
     return [float(low), float(high)]
-def draw_masks(B, args, g=None):
-    """B masks that hide a share of the area in args.mask, LO to HI -> (B, 1, H, W) bool, True where
-    the photo stays visible. Drawn on the CPU, whatever the device."""
+def draw_masks(B, args, device, g=None):
+    """B masks that hide a share of the area in args.mask, LO to HI -> (B, 1, H, W) bool on the
+    device, where g must be, as copying to it would wait; True where the photo stays visible."""
+    u = lambda *shape: torch.rand(*shape, generator=g, device=device)
     (H, W), (low, high), patch = args.size, args.mask, args.patch
-    share = low + (high - low) * torch.rand(B, generator=g)
+    share = low + (high - low) * u(B)
     if args.mask_style == "square":      # one square, as in the projects this one follows
         side = (share * H * W).sqrt().clamp(max=min(H, W)).round()[:, None]            # (B, 1)
-        top, left = torch.rand(2, B, 1, generator=g) * (torch.tensor([H, W]).view(2, 1, 1) - side)
-        y, x = torch.arange(H) - top.round(), torch.arange(W) - left.round()        # (B, H), (B, W)
+        y, x = (torch.arange(n, device=device) - (start * (n - side)).round()
+                for n, start in zip((H, W), u(2, B, 1)))                    # (B, H), (B, W)
         rows, columns = (y >= 0) & (y < side), (x >= 0) & (x < side)
         return ~(rows[:, None, :, None] & columns[:, None, None])
     h, w = -(-H // patch), -(-W // patch)
-    hidden = (share * h * w + torch.rand(B, generator=g)).floor()[:, None]   # right on average
-    keep = (torch.rand(B, h * w, generator=g).argsort(1) >= hidden).view(B, 1, h, w)
+    hidden = (share * h * w + u(B)).floor()[:, None]                         # right on average
+    keep = (u(B, h * w).argsort(1) >= hidden).view(B, 1, h, w)
     return keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :H, :W]
 def distort(x, dice, kinds):
     """Change the colours of x (B, 3, H, W) in [0, 1] as dice (5, B, 1, 1, 1) fell. "jitter": light,
     contrast, saturation by up to half, hue by up to a tenth of the circle. "grey": every fifth."""
-    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+    luma = lambda x: 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]     # (B, 1, H, W)
     brightness, contrast, saturation, hue = 0.5 + dice[:4]              # from 0.5 to 1.5
     if "jitter" in kinds:
         x = x * brightness
-        mean = (x * luma).sum(1, True).mean((2, 3), True)
+        mean = luma(x).mean((2, 3), True)
         x = mean + (x - mean) * contrast
-        light = (x * luma).sum(1, True)                                 # (B, 1, H, W)
-        angle, c = 0.4 * math.pi * (hue - 1), x - light
+        angle, c = 0.4 * math.pi * (hue - 1), x - luma(x)
         ## Hue: turn the colour about the grey axis k (Rodrigues, nearly): c cos + (k x c) sin.
         turn = (c.roll(1, 1) - c.roll(-1, 1)) / 3 ** 0.5
-        x = light + (c * angle.cos() + turn * angle.sin()) * saturation
+        x = luma(x) + (c * angle.cos() + turn * angle.sin()) * saturation
     if "grey" in kinds:
-        x = torch.where(dice[4] < 0.2, (x * luma).sum(1, True), x)
+        x = torch.where(dice[4] < 0.2, luma(x), x)
     return x.clamp(0, 1)
 def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, rank, ranks):
     """One pass over images[index], of each batch the part of this rank -> mean loss, images/s."""
@@ -273,12 +273,12 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
     device, total, began = next(model.parameters()).device, 0.0, time.perf_counter()
     for step in range(steps):
         x = to_float(images[order[step * batch:][own]].to(device))              # clean target
-        dice = torch.rand(6, batch, 1, 1, 1)[:, own].to(device)        # all ranks draw all
-        masks = draw_masks(batch, args)
-        keep, hidden = masks[own].to(device), (~masks).float().mean().clamp(min=1e-9)
+        dice = torch.rand(6, batch, 1, 1, 1, device=device)[:, own]    # all ranks draw all
+        masks = draw_masks(batch, args, device)
+        keep, hidden = masks[own], (~masks).float().mean().clamp(min=1e-9)
         ## A cat in a mirror is a cat. Mirrors and masks are new in each pass: no learning by heart.
         x = torch.where(dice[0] < 0.5, x, x.flip(3))
-        if "rotate" in args.distort:
+        if "rotate" in args.distort:                   # one turn a batch; rectangles: half turns
             x = x.rot90(int(torch.randint(4, ())) * (1 + (x.shape[2] != x.shape[3])), (2, 3))
         seen = torch.where(keep, distort(x, dice[1:], args.distort), FILL)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -305,11 +305,11 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
 def check(model, images, index, variance, args, amp=False):
     """The photos images[index] under masks that never change -> loss, squared error of the masked
     pixels, that of filling them with the mean colour (both / variance), perplexity, codes used."""
-    g, device = torch.Generator().manual_seed(SPLIT_SEED), next(model.eval().parameters()).device
-    use, sums = torch.zeros(len(model.quantiser.codes), device=device), 0
+    device, sums = next(model.eval().parameters()).device, 0
+    g, use = torch.Generator(device).manual_seed(SPLIT_SEED), 0 * model.quantiser.counts
     for part in index.split(64):
         x = to_float(images[part.to(images.device)].to(device))
-        keep = draw_masks(len(x), args, g).to(device)
+        keep = draw_masks(len(x), args, device, g)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, ids = model(torch.where(keep, x, FILL), keep)
         sums = sums + torch.stack([
@@ -366,7 +366,8 @@ def catdog_items(root, download):
                       zip(cifar.data, cifar.targets) if label in (3, 5)]
         for folder, (source, pattern, url) in ARCHIVES.items():
             if download and not (root / folder).is_dir():
-                utils.download_and_extract_archive(url, root)
+                utils.download_and_extract_archive(url, root, root / "unpacking")
+                os.replace(root / "unpacking" / folder, root / folder)       # whole or not at all
             found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
                       for file in sorted((root / folder).glob(pattern))]
     except Exception as error:
@@ -384,8 +385,8 @@ def list_items(data, root, download):
             found += [(kind, "", base / f"images/{line.split()[0]}.jpg") for line in
                       (base / names).read_text().splitlines() if line and line[0] != "#"]
         else:
-            files = [file for file in sorted(Path(kind).rglob("*"))
-                     if file.suffix.lower() in Image.registered_extensions()]
+            files = [file for file in sorted(Path(kind).rglob("*")) if file.parent.name != "masks"
+                     and file.suffix.lower() in Image.registered_extensions()]
             found += [(kind, "", f) for f in files] or fail(f"--data {kind}: no photos there")
     return found
 def decode_photos(items, size):
@@ -443,8 +444,7 @@ def load_photos(args):
         print(f"{source:18}" + "".join(f"{count:8}" for count in counts))
     for i, reason in list(notes["bad"].items())[:3]:
         print(f"skipped  {found[int(i)][2]}: {reason}")
-    if len(taken) < 2:
-        fail(f"--data {args.data}: {len(taken)} readable photos, two are needed")
+    len(taken) > 1 or fail(f"--data {args.data}: {len(taken)} readable photos, two are needed")
     return images, torch.tensor(sorted(taken))
 # --- checkpoints ----------------------------------------------------------------------------------
 def load_checkpoint(path, script, hint):
@@ -576,7 +576,7 @@ def pretrain_vqvae(args, out):
               "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     x = to_float(images[val[:8].to(images.device)].to(device))
-    keep = draw_masks(len(x), args, torch.Generator().manual_seed(SPLIT_SEED)).to(device)
+    keep = draw_masks(len(x), args, device, torch.Generator(device).manual_seed(SPLIT_SEED))
     output = model.eval()(seen := torch.where(keep, x, FILL))[0].detach()
     draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in (
         x, seen, torch.where(keep, x, output))))

@@ -216,17 +216,17 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape) * 2 - 1              # on the CPU, whatever the device
-    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3)          # the window's share
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
-    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False).to(device)
-    x = F.grid_sample(to_float(images), grid, "bilinear", "border", align_corners=False)
-    masks = F.grid_sample(masks[:, None].float(), grid, "nearest", "border", align_corners=False)
+    grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False)
+    x = F.grid_sample(to_float(images), grid, "bilinear", "reflection", align_corners=False)
+    y = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection", align_corners=False)
     contrast, light = 1 + 0.4 * u(B, 1, 1, 1), 0.2 * u(B, 1, 1, 1) + 0.1 * u(B, 3, 1, 1)
     mean = x.mean((1, 2, 3), keepdim=True)                               # (B, 1, 1, 1)
-    x = (x - mean) * contrast.to(device) + mean + light.to(device)
-    return x.clamp_(0, 1), masks[:, 0].byte()
+    x = (x - mean) * contrast + mean + light
+    return x.clamp_(0, 1), y[:, 0].byte()
 def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, amp):
     """One pass over the training photos -> loss, counts (C, C), images a second."""
     model.train()
@@ -270,9 +270,9 @@ def hide(x, g=None, share=0.6, patch=8):
     ## A thin scratch could be filled in from its two rims. Of a patch of 8 pixels the rims say
     ## little, and with more than half of all patches gone its neighbours are often gone too.
     (B, _, H, W), h, w = x.shape, -(-x.shape[2] // patch), -(-x.shape[3] // patch)
-    rank = torch.rand(B, h * w, generator=g).argsort(1)                             # a random order
+    rank = torch.rand(B, h * w, generator=g, device=x.device).argsort(1)            # a random order
     hidden = F.interpolate((rank < share * h * w).float().view(B, 1, h, w), scale_factor=patch)
-    hidden = hidden[:, :, :H, :W].to(x.device) > 0                                  # (B, 1, H, W)
+    hidden = hidden[:, :, :H, :W] > 0                                               # (B, 1, H, W)
     return torch.where(hidden, 0.5, x).contiguous(memory_format=torch.channels_last)
 def pretrain(model, images, val, history, best, optimizer, args, amp):
     """A masked auto-encoder: photos with grey patches go in, the photos as they were come out."""
@@ -289,9 +289,9 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
     for epoch in range(len(history), args.epochs):
         model.train()
         torch.manual_seed(args.seed * 100003 + epoch)  # all that is random here: resume is exact
-        total, began, order = 0.0, time.perf_counter(), torch.randperm(len(images))
+        total, began, order = 0.0, time.perf_counter(), torch.randperm(len(images), device=device)
         for step in range(steps):
-            loss = error(images[order[step * batch:(step + 1) * batch]])
+            loss = error(images[order[step * batch:(step + 1) * batch].to(images.device)])
             lr = lr_at(epoch * steps + step, args.epochs * steps, args.lr)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
@@ -299,7 +299,7 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
             optimizer.step()
             total = total + loss.detach()
             progress(f" epoch {epoch + 1}  step {step}/{steps}")
-        loss, g = total.item() / steps, torch.Generator().manual_seed(0)       # sync: once an epoch
+        loss, g = total.item() / steps, torch.Generator(device).manual_seed(0)   # sync: once here
         speed = steps * batch / (time.perf_counter() - began)
         model.eval()
         with torch.inference_mode():                          # masks that never change
@@ -524,7 +524,7 @@ def train_segnet(args, out):
     load = load_unlabelled if args.pretrain else load_split
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
-    args.classes = classes = max(classes, more, key=len)       # a resumed run must have the same
+    args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
     keep = subset(breeds, args.frac)[0]
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (

@@ -126,7 +126,7 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]    # cache; export: whole
+            rows = flat.detach().split(8192) if self.training else [flat]     # 8192 fit a cache
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
                              for part in rows])                         # (N,)
             q = self.codes[ids]                                         # (N, D)
@@ -141,7 +141,7 @@ class Quantiser(nn.Module):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
         usual = weight.sum() / len(self.codes)
-        place = torch.rand(len(self.codes)).to(flat.device) * weight.sum()      # (K,), among kept
+        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # among kept
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
@@ -174,7 +174,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
-        ## No layer normalises: He's weights (2015) keep the variance; what begins as 0 stays 0.
+        ## No layer normalises: plain convolutions get He's weights (2015); those zeroed keep 0.
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.weight.any()):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     def forward(self, x, keep=None):
@@ -256,7 +256,7 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
     total, began = 0.0, time.perf_counter()
     for step in range(steps):
         x = to_float(images[order[step * batch:(step + 1) * batch]].to(device))
-        x = torch.where(torch.rand(batch, 1, 1, 1).to(device) < 0.5, x, x.flip(3))
+        x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x, x.flip(3))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, _ = model(x)
         ## The decoder learns from the error, the encoder from the error (straight through the
@@ -382,7 +382,7 @@ def load_plain(args):
         names = {line.split()[0] for line in listed.read_text().splitlines() if line}
     files = [file for file in sorted(folder.rglob("*"))
              if file.suffix.lower() in Image.registered_extensions()
-             and (names is None or file.stem in names)]
+             and (file.parent.name != "masks" if names is None else file.stem in names)]
     if not files:
         fail(f"--data {args.data}: no photos there")
     images, notes = decode_photos(files, args.size)

@@ -314,26 +314,45 @@ if "pretrain" in SCRIPTS:
         (tmp_path / "mine/notes.txt").write_text("no photo")
         assert len(photos("--data", tmp_path / "mine")[1]) == 7
 
+    def test_masks_are_no_photos(tmp_path):
+        assert len(photos("--data", write_folder(tmp_path / "mine", 9))[1]) == 9
+
     def test_kinds_join(catdog, tmp_path, capsys):
         write_pets(catdog)
         images, taken = photos("--data", "catdog+pets", "--root", catdog)
         assert len(taken) == 54 + 40
         assert table(capsys.readouterr().out)["pets"] == [0, 0, 40, 0, 0, 40]
 
+    def test_masks_are_no_photos_for_vqvae(here, capsys):
+        write_folder(here / "mine", 9)
+        load("vqvae").main("--data mine --size 16 --epochs 1 --batch-size 4".split())
+        assert "train 8  val 1" in capsys.readouterr().out
+
     def test_download_fetches_what_lacks(tmp_path, monkeypatch):
         asked = []
-        def archive(url, root, *_, **__):
+        def archive(url, _, root):
             asked.append(url)
             for i, kind in enumerate(("PetImages/Cat", "PetImages/Dog") if "kagglecats" in url else
                                      ("Images/n1-x", ) if "ImageNetDogs" in url else
                                      ("cats_and_dogs_filtered/train/cats", "cats_and_dogs_filtered/train/dogs")):
-                Path(root, kind).mkdir(parents=True)
+                Path(root, kind).mkdir(parents=True, exist_ok=True)
                 drawn(len(asked) * 10 + i)[0].save(Path(root, kind, "0.jpg"))
         monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", archive)
         monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: asked.count("cifar") or
                             (asked.append("cifar"), write_cifar(self.root)))
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *_: Path(path).exists())
         monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+        def stopped(url, _, root):
+            archive(url, None, root)
+            Path(root, "PetImages/Dog/0.jpg").unlink(missing_ok=True)
+            if "kagglecats" in url:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr("torchvision.datasets.utils.download_and_extract_archive", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                photos("--data", "catdog", "--root", tmp_path / "new", "--download")
+        assert len(asked) == 4 and not (tmp_path / "new/PetImages").exists()      # whole or not at all
+        asked[:] = asked[:3]
         _, taken = photos("--data", "catdog", "--root", tmp_path / "new", "--download")
         assert len(asked) == 4 and len(taken) == 2 * 22
         photos("--data", "catdog", "--root", tmp_path / "new", "--download")

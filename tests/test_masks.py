@@ -12,7 +12,7 @@ m = load("pretrain")
 
 def masks(B=1, size=(32, 48), low=0.05, high=0.25, patch=8, style="patches", seed=0):
     flags = argparse.Namespace(size=size, mask=[low, high], patch=patch, mask_style=style)
-    return m.draw_masks(B, flags, None if seed is None else torch.Generator().manual_seed(seed))
+    return m.draw_masks(B, flags, "cpu", None if seed is None else torch.Generator().manual_seed(seed))
 
 def hidden(keep):
     return (~keep).float().mean((1, 2, 3))

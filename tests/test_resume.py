@@ -79,6 +79,15 @@ def test_other_arguments_are_named(name, argv, refuse):
     assert "--lr" in line and "0.02" in line and "--epochs" in line and "--seed" not in line
     assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
 
+@each
+def test_resume_with_other_photos_is_refused(name, argv, refuse, here):
+    """Another training set would be split anew, and photos of training would stand in validation."""
+    load(name).main(argv(name, "--out", "run", "--epochs", "1"))
+    write_folder(here / "photos", 3, first=30)
+    before = Path("run/last.pt").read_bytes()
+    assert "photos" in refuse(name, *argv(name, "--out", "run", "--epochs", "1", "--resume"))
+    assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
+
 @few
 def test_a_moved_run_resumes(name, argv):
     load(name).main(argv(name, "--out", "run", "--epochs", "1"))

@@ -164,19 +164,33 @@ def test_take(inside, take, capsys, tmp_path):
     finetune, state = load("finetune"), checkpoint("checkpoints/pretrain/best.pt")["model"]
     net = finetune.VQVAE(3, 128, 32, 2, 2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    count = finetune.take_over(net, state, take)
+    count = finetune.take_over(net, state, take, 1e4)
     parts = {"encoder": {"encoder", "quantiser"}, "all": {"encoder", "quantiser", "decoder"}, "none": set()}[take]
     for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, (state if name.split(".")[0] in parts else before)[name]), name
+        if name != "quantiser.counts":
+            assert torch.equal(tensor, (state if name.split(".")[0] in parts else before)[name]), name
+    counts = net.quantiser.counts                       # in the old shares, of as many vectors as a step has now
+    assert counts.sum().item() == pytest.approx(1e4 * (take != "none"))
+    assert take == "none" or torch.allclose(counts / 1e4, state["quantiser.counts"] / state["quantiser.counts"].sum())
     assert count == sum(name.split(".")[0] in parts for name in state)
     finetune.main(["--take", take, "--size", "16", "--frac", "0.05", "--epochs", "1", "--out", str(tmp_path / "run")])
     assert f" {count} of {len(state)} tensors" in capsys.readouterr().out
+
+def test_codes_in_use_outlive_a_larger_batch(inside):
+    """A step of fine-tuning may have many times the vectors of one of pre-training; codes that serve are not replaced."""
+    finetune, state = load("finetune"), checkpoint("checkpoints/pretrain/best.pt")["model"]
+    net = finetune.VQVAE(3, 128, 32, 2, 2)
+    many = int(100 * state["quantiser.counts"].sum())
+    finetune.take_over(net, state, "encoder", many)
+    used = state["quantiser.counts"] > 0.5 * state["quantiser.counts"].mean()
+    net.quantiser.revive(torch.zeros(many, 64), torch.ones(many))
+    assert used.sum() > 3 and torch.equal(net.quantiser.codes[used], state["quantiser.codes"][used])
 
 def test_take_over_refuses_other_widths(inside, capsys):
     finetune, state = load("finetune"), checkpoint("checkpoints/pretrain/best.pt")["model"]
     short = {name: tensor for name, tensor in state.items() if name != "encoder.0.weight"}
     with pytest.raises(SystemExit) as stop:
-        finetune.take_over(finetune.VQVAE(3, 128, 32, 2, 2), short, "all")
+        finetune.take_over(finetune.VQVAE(3, 128, 32, 2, 2), short, "all", 1)
     assert stop.value.code == 2 and "encoder.0.weight" in capsys.readouterr().err
 
 def test_widths_come_from_the_checkpoint(here, capsys):
