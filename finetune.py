@@ -275,7 +275,7 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # there, as copying would wait
     side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
@@ -316,9 +316,9 @@ def finetune_epoch(model, images, masks, losses, optimizer, args, epoch, amp):
 @torch.inference_mode()
 def validate(model, images, masks, losses, amp=False):
     """Mean loss and confusion (C, C) of a segmenter over a whole split."""
-    total, counts, device = 0.0, 0, next(model.parameters()).device
-    for x, y in zip(images.split(64), masks.split(64)):
-        x, y = to_float(x.to(device)), y.to(device)
+    total, counts, n = 0.0, 0, min(64, 2**20 // images[0, 0].numel() or 1)      # photos at a time
+    for x, y in zip(images.split(n), masks.split(n)):
+        x, y = to_float(x.to(device := next(model.parameters()).device)), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         total = total + segmentation_loss(logits, y, losses) * len(x)
@@ -527,7 +527,7 @@ def finetune_vqvae(args, out):
         fail(f"--cats {args.cats}: wanted breeds of pets or toy, out of {', '.join(CATS)}")
     keep = [i for i, breed in enumerate(breeds) if breed in cats or not breed[:1].isupper()]
     keep = [keep[i] for i in subset([breeds[i] for i in keep], args.frac)[0]]
-    full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+    full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
@@ -577,7 +577,7 @@ def finetune_vqvae(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history), "torch": torch.__version__}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = segmenter(to_float(val_images[:8].to(device)))
+    logits = segmenter.requires_grad_(False)(to_float(val_images[:8].to(device)))
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "

@@ -149,12 +149,12 @@ class LinkNet(nn.Module):
     def forward(self, x):
         x, skips = self.first(x), []                          # (B, 64, H/4, W/4)
         for layer in self.encoder:
-            x = layer(x)             # 64 channels at H/4, 128 at H/8, 256 at H/16, 512 at H/32
             skips.append(x)
-        x = self.decoder[0](skips.pop())                      # (B, 256, H/16, W/16)
-        for block in self.decoder[1:]:
-            x = block(x + skips.pop())                        # the link: added, not concatenated
-        return self.head(x)                                   # (B, 64, H/4, W/4) -> (B, C, H, W)
+            x = layer(x)             # 64 channels at H/4, 128 at H/8, 256 at H/16, 512 at H/32
+        ## The link: what went into a block of the encoder is added to what its mirror puts out.
+        for block in self.decoder:
+            x = block(x) + skips.pop()                        # ending at (B, 64, H/4, W/4)
+        return self.head(x)                                   # (B, C, H, W)
 def summary(model, size, show):
     """Parameters and multiply-adds of one photo -> (int, int); if show, of every block too."""
     rows, model = {}, copy.deepcopy(model).eval()
@@ -229,7 +229,7 @@ def rarity(masks, classes):
     """Weight of each class, 1 / ln(1.02 + its share of the pixels) (ENet, Paszke et al. 2016, sec.
     5.2), from 1.4 for a class that is everywhere to 50 for one that is nowhere -> (max(2, C),)."""
     counts = torch.bincount(masks.flatten().cpu(), minlength=256)[:max(2, classes)].float()
-    return 1 / torch.log(1.02 + counts / counts.sum())
+    return (1 / torch.log(1.02 + counts / counts.sum())).to(masks.device)
 def weighted_ce(logits, y, valid, weights):
     """Cross-entropy -log p of the true class, p = softmax(logits), mean over the pixels, each
     weighted by its class. One channel is a softmax over (0, x)."""
@@ -279,7 +279,7 @@ def plateau(history, peak, patience=5):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # there, as copying would wait
     side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
@@ -320,9 +320,9 @@ def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, 
 @torch.inference_mode()
 def validate(model, images, masks, losses, amp=False):
     """Mean loss and confusion (C, C) of a segmenter over a whole split."""
-    total, counts, device = 0.0, 0, next(model.parameters()).device
-    for x, y in zip(images.split(64), masks.split(64)):
-        x, y = to_float(x.to(device)), y.to(device)
+    total, counts, n = 0.0, 0, min(64, 2**20 // images[0, 0].numel() or 1)      # photos at a time
+    for x, y in zip(images.split(n), masks.split(n)):
+        x, y = to_float(x.to(device := next(model.parameters()).device)), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         total = total + segmentation_loss(logits, y, losses) * len(x)
@@ -524,7 +524,7 @@ def train_linknet(args, out):
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
     args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
     keep = subset(breeds, args.frac)[0]
-    full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+    full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
@@ -577,7 +577,7 @@ def train_linknet(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = model(to_float(val_images[:8].to(device)))
+    logits = model.requires_grad_(False)(to_float(val_images[:8].to(device)))
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "

@@ -307,7 +307,7 @@ def check(model, images, index, variance, args, amp=False):
     pixels, that of filling them with the mean colour (both / variance), perplexity, codes used."""
     device, sums = next(model.eval().parameters()).device, 0
     g, use = torch.Generator(device).manual_seed(SPLIT_SEED), 0 * model.quantiser.counts
-    for part in index.split(64):
+    for part in index.split(min(64, 2**20 // math.prod(args.size) or 1)):
         x = to_float(images[part.to(images.device)].to(device))
         keep = draw_masks(len(x), args, device, g)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):

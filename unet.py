@@ -279,7 +279,7 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1         # there: copying waits
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # there, as copying would wait
     side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
@@ -320,9 +320,9 @@ def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, 
 @torch.inference_mode()
 def validate(model, images, masks, losses, amp=False):
     """Mean loss and confusion (C, C) of a segmenter over a whole split."""
-    total, counts, device = 0.0, 0, next(model.parameters()).device
-    for x, y in zip(images.split(64), masks.split(64)):
-        x, y = to_float(x.to(device)), y.to(device)
+    total, counts, n = 0.0, 0, min(64, 2**20 // images[0, 0].numel() or 1)      # photos at a time
+    for x, y in zip(images.split(n), masks.split(n)):
+        x, y = to_float(x.to(device := next(model.parameters()).device)), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         total = total + segmentation_loss(logits, y, losses) * len(x)
@@ -527,7 +527,7 @@ def train_unet(args, out):
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
     args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
     keep = subset(breeds, args.frac)[0]
-    full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+    full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
         images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
@@ -577,7 +577,7 @@ def train_unet(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = model(to_float(val_images[:8].to(device)))
+    logits = model.requires_grad_(False)(to_float(val_images[:8].to(device)))
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "

@@ -109,7 +109,7 @@ def test_every_weight_learns(name):
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 def test_linknet_adds_what_the_encoder_had():
-    """Without the links the decoder sees the deepest maps alone."""
+    """All four links, as in the authors' code: the last adds what the max-pooling gave the first block."""
     torch.manual_seed(0)
     net, x = linknet.LinkNet(3, "resnet18").eval(), torch.rand(1, 3, 64, 64)
     first = net.first(x)
@@ -120,7 +120,7 @@ def test_linknet_adds_what_the_encoder_had():
     d = net.decoder[1](d) + e2
     d = net.decoder[2](d) + e1
     assert first.shape == e1.shape == d.shape == (1, 64, 16, 16) and e3.shape == (1, 256, 4, 4)
-    torch.testing.assert_close(net(x), net.head(net.decoder[3](d)))
+    torch.testing.assert_close(net(x), net.head(net.decoder[3](d) + first))
 
 def test_unpooling_writes_each_maximum_back_to_its_place():
     x = torch.rand(2, 3, 8, 8)
@@ -327,7 +327,7 @@ def test_init_that_does_not_fit(here, refuse):
     assert "python segnet.py --pretrain" in refuse("segnet", *SMALL["segnet"], "--init", "nowhere.pt")
     state = {"script": "segnet.py", "format": segnet.FORMAT, "args": {}, "model": segnet.SegNet(3, 8, 2).state_dict()}
     torch.save(state, "wide.pt")
-    assert "another --width" in refuse("segnet", *SMALL["segnet"], "--init", "wide.pt")
+    assert "another network" in refuse("segnet", *SMALL["segnet"], "--init", "wide.pt")
     torch.save(state | {"script": "unet.py"}, "other.pt")
     assert "other.pt" in refuse("segnet", *SMALL["segnet"], "--init", "other.pt")
 
