@@ -2,11 +2,12 @@
 
 WHAT IT DOES    Reads model.pt2 files, programs made by torch.export that turn photos (B, 3, H, W)
   in [0, 1] into logits (B, C, H, W), and counts pixels: one confusion matrix a photo, all scores
-  from these. It holds no architecture, so a program of any other segmenter is scored too.
+  from these (but D1, D2, D6). It holds no architecture: any other segmenter is scored too.
 YOU WILL LEARN
   - why a file can run code, and what to look at before it is loaded -> inspect_program
   - that every score is a few sums over one integer matrix -> image_counts, class_scores
-  - how one network gets seven different "Dice" from seven definitions -> published_scores
+  - how one network gets seven scores, most called "Dice", from seven definitions
+    -> published_scores
 RUN IT          python evaluate.py                                  every run under checkpoints/
                 python evaluate.py checkpoints/finetune --split val
                 python evaluate.py --blur 50 --as-published --json scores.json
@@ -62,7 +63,8 @@ def parse_args(argv=None):
     add("--root", help="where the data sets lie; without it, where they lay in training, or data")
     add("--split", choices=("test", "val"), default="test",
         help="test is for the end; choose on val")
-    add("--blur", type=number(float, 0, 100), default=0.0, help="percent; 100 is 10 pixels at 120")
+    add("--blur", type=number(float, 0, 100), default=0.0,
+        help="percent, in steps of ten; 100 is 10 pixels at 120")
     add = p.add_argument_group("runtime").add_argument
     add("--batch-size", type=number(int, 1, 10**6), default=64, help="changes no score")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
@@ -82,9 +84,11 @@ NAMES = re.compile(r"(archive_format|archive_version|byteorder|\.data/\w+|\.form
 SYMBOL = re.compile(r"Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)")
 SIZES = re.compile(r"((Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b|"
                    r"[-\d\s(),])*")
-LAYOUT = re.compile(r"(?!.*factory)[\w\s.,:\[\]{}\"\\]*", re.S)
-TARGETS = re.compile(r"torch\.ops\.(aten|higher_order|torchvision)\.\w+(\.\w+)?|_operator\.("
-                     r"getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
+LAYOUT = {"type": (None, "builtins.tuple", "builtins.dict"), "context": (None, "null", "[]")}
+TARGETS = re.compile(            # but for what reads and writes files
+    r"torch\.ops\.aten\.(?!from_file|save)(_?[a-z]\w*|__(and|or|xor)__)(\.[A-Za-z]\w*)?|"
+    r"torch\.ops\.(torchvision\.deform_conv2d|higher_order\.wrap_with_(autocast|set_grad_enabled))"
+    r"(\.default)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
 def walk(node, key=None):
     """Every (key, value) anywhere inside a JSON value; members of a list have the list's key."""
     for name, value in node.items() if isinstance(node, dict) else [(key, value) for value in node]:
@@ -117,12 +121,14 @@ def inspect_program(path):
             raise ValueError(f"the size {text!r} is more than arithmetic")
         if key == "target" and text and not TARGETS.fullmatch(text) or key == "as_operator":
             raise ValueError(f"it calls {value!r}")
-        if key.endswith(("name", "names")) and re.search(r"[^\w.]", text):
+        if key.endswith(("name", "names")) and re.search(r"[^\w.-]", text):
             raise ValueError(f"the name {text!r} could be code")
-        if key in ("in_spec", "out_spec") and not LAYOUT.fullmatch(text):
-            raise ValueError(f"the layout {text!r} could be code")
+        if key in ("in_spec", "out_spec"):             # once decoded: JSON can write "(" as \u0028
+            for name, part in walk(json.loads(text)):
+                if name in LAYOUT and part not in LAYOUT[name]:
+                    raise ValueError(f"one tensor in and one out are wanted, not {text!r}")
         if key == "guards_code" and value:
-            raise ValueError(f"it brings code: {value!r}")
+            raise ValueError(f"it brings code (is more than the batch left free?): {value!r}")
     try:
         torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)
     except Exception as error:
@@ -139,16 +145,23 @@ def open_program(path, device):
     try:
         meta, archive = inspect_program(path)
         meta["size"] = [meta["size"]] * 2 if isinstance(meta["size"], int) else list(meta["size"])
-        meta["classes"], meta["ignore"] = [str(name) for name in meta["classes"]], meta["ignore"]
+        meta["classes"] = [str(name) for name in meta["classes"]]
         if not all(0 < side <= 4096 for side in meta["size"]) or len(meta["classes"]) > 256:
             raise ValueError(f"size {meta['size']} and {len(meta['classes'])} classes are not sane")
+        if meta["ignore"] not in (None, *range(256)) or not isinstance(meta.get("args", {}), dict):
+            raise ValueError(f"ignore {meta['ignore']!r} or args {meta.get('args')} in meta.json")
         program = torch.export.load(archive)
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
-        segment = program.module()
-        answer = segment(torch.zeros(3, 3, *meta["size"], device=device))
+        segment, light = program.module(), torch.tensor([0.1, 0.5, 1], device=device)
+        x = torch.rand(3, 3, *meta["size"], device=device) * light.view(3, 1, 1, 1)
+        answer = segment(x)
         if not answer.isfinite().all():
             raise ValueError("its answers are not finite numbers: the training diverged")
+        with FlopCounterMode(display=False) as counter:
+            alone = segment(x[:1])
+        if (alone - answer[:1]).abs().mean() > 0.05 * answer[:1].abs().mean():
+            raise ValueError("an answer depends on the batch: call model.eval() before export")
     except FileNotFoundError:
         fail(f"{path}: no such file; train first, for instance with python finetune.py")
     except KeyError as error:
@@ -158,8 +171,6 @@ def open_program(path, device):
     wanted = (3, len(meta["classes"]), *meta["size"])
     if tuple(answer.shape) != wanted:
         fail(f"{path}: refused: for 3 photos it answers {tuple(answer.shape)}, wanted {wanted}")
-    with FlopCounterMode(display=False) as counter:
-        segment(torch.zeros(1, 3, *meta["size"], device=device))
     meta["cost"] = {"parameters": sum(weight.numel() for weight in program.parameters()),
                     "multiply_adds": counter.get_total_flops() // 2}        # of one photo
     return segment, meta
@@ -218,7 +229,8 @@ def soft_sums(logits, masks):
     return torch.stack(sums, 1)
 def published_scores(counts, soft, names):
     """The definitions behind the numbers of five earlier projects, on this network's answers. Most
-    of them are called Dice or IoU there."""
+    of them are called Dice or IoU there. D1, D2 and D6 take sigmoids of the logits, so they mean
+    nothing for a network that was trained with a softmax; the published D6 is one minus this."""
     n = len(names)
     hit = lambda c: c.diagonal(dim1=1, dim2=2)[:, -n:]
     both = lambda c: (c.sum(1) + c.sum(2))[:, -n:]
@@ -232,8 +244,9 @@ def published_scores(counts, soft, names):
     out["D3_iou"] = ((hit(c) + 1e-6) / (both(c) - hit(c) + 1e-6)).mean().item()
     right = counts.diagonal(dim1=1, dim2=2).sum(1)     # D4: mean accuracy of the images
     out["D4_accuracy"] = ratio(right, counts.sum((1, 2))).nanmean().item()
-    first = class_scores(counts, names)["classes"][names[0]]     # D5: pooled, of the first class
-    out |= {f"D5_{name}": first[name] or 0.0 for name in ("precision", "recall", "f1", "iou")}
+    thing = names[-1 if n == 2 else 0]                 # D5: pooled, of the class that is looked for
+    thing = class_scores(counts, names)["classes"][thing]
+    out |= {f"D5_{name}": thing[name] or 0.0 for name in ("precision", "recall", "f1", "iou")}
     i, p, t = pooled(soft[:, 0], 4).T.double()         # D6: soft, pooled over batches of 4
     out["D6_dice"] = ((2 * i + 1e-6) / (p + t + 1e-6)).mean().item()
     out["D6_iou"] = ((i + 1e-6) / (p + t - i + 1e-6)).mean().item()
@@ -449,6 +462,7 @@ def run_program(segment, images, masks, C, batch, device):
         hard.append(label.byte().cpu())
         counts.append(image_counts(label, y, max(2, C)).cpu())
         soft.append(soft_sums(logits, y).cpu())
+        progress(f" {sum(map(len, hard))} of {len(images)} photos")
     return torch.cat(hard), torch.cat(counts), torch.cat(soft), time.perf_counter() - began
 def table(title, columns, rows, value):
     """Aligned columns of numbers under a title; rows are (name, scores), None or nan is a dash."""
@@ -480,7 +494,7 @@ def evaluate(args):
         trained = meta.get("args", {})
         data = args.data or trained.get("data") or fail(f"{path}: names no data; give --data")
         root, C = args.root or trained.get("root", "data"), len(meta["classes"])
-        key = (data, str(root), *meta["size"], meta["ignore"])
+        key = (data, str(root), *meta["size"], meta["ignore"], *meta["classes"])
         if key not in sets:
             images, masks, breeds, names = load_split(data, root, args.split, meta["size"],
                                                       meta["ignore"])
@@ -499,7 +513,7 @@ def evaluate(args):
             "scores": all_scores(counts, soft, meta["classes"], breeds, args.as_published)})
         group.append((records[-1]["run"], records[-1]["scores"]))
         if not constants:        # what every constant answer scores, beside the networks
-            for label, name in enumerate(["background", *names] if C == 1 else names):
+            for label, name in enumerate(["background"] * (C == 1) + meta["classes"]):
                 constant = torch.zeros_like(counts)
                 constant[:, :, label] = counts.sum(2)
                 constants.append((f"all {name}", all_scores(
@@ -507,15 +521,17 @@ def evaluate(args):
         ## 3. Pictures beside the program: a few answers, and the curves of the training.
         some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
         stem = "" if path.name == "model.pt2" else f"{path.stem}-"
-        blurred = f"-blur{args.blur:g}" if args.blur else ""
-        draw_overlay(path.with_name(f"{stem}overlay{blurred}.png"), images[some], masks[some],
+        kind = "-val" * (args.split == "val") + f"-blur{args.blur:g}" * (args.blur > 0)
+        draw_overlay(path.with_name(f"{stem}overlay{kind}.png"), images[some], masks[some],
                      hard[some], C == 1)
         log = path.with_name("log.jsonl")
-        if log.exists():
+        if path.name == "model.pt2" and log.exists():
             draw_curves(path.with_name("curves.png"),
                         [json.loads(line) for line in log.read_text().splitlines()])
+    if args.json:
+        save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
     ## 4. Tables: all classes, each class, and for pets the conventions and the species.
-    for (data, _, H, W, _), (images, _, _, _, group, constants) in sets.items():
+    for (data, _, H, W, *_), (images, _, _, _, group, constants) in sets.items():
         group += constants
         print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}"
               + ("  (drawn pictures: toy scores)" if data == "toy" else ""))
@@ -525,8 +541,6 @@ def evaluate(args):
                                ("as published", PUBLISHED[1])):
             if set(columns.values()) <= group[0][1].keys():
                 table(title, columns, group, lambda s, column: s[columns[column]])
-    if args.json:
-        save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
     print("\npictures overlay.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
 def main(argv=None):
@@ -535,6 +549,8 @@ def main(argv=None):
         evaluate(parse_args(argv))
     except KeyboardInterrupt:
         raise SystemExit(130)
+    except AssertionError as e:                        # a program's: not made for such a batch
+        fail(f"{str(e).splitlines()[0] if str(e) else 'a program fails'}; another --batch-size?")
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
         if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")

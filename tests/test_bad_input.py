@@ -313,6 +313,20 @@ def sizes(graph, text):
     for holder in symbols(graph):
         holder["expr_str"] = text
 
+def layout(files, kind, context, names=None):
+    """The members with another kind of dictionary as the layout of the inputs by name."""
+    def put(graph):
+        signature = graph["graph_module"]["module_call_graph"][0]["signature"]
+        old = signature["in_spec"]
+        signature["in_spec"] = old.replace('"builtins.dict", "context": "[]"', f'"{kind}", "context": "' + (
+            context if names is not None else context.replace('"', '\\"')) + '"')
+        signature["forward_arg_names"] = signature["forward_arg_names"] if names is None else names
+        assert signature["in_spec"] != old
+    return change(files, "models/model.json", put)
+
+def escaped(text):
+    return "".join(c if c.isalnum() else f"\\u{ord(c):04x}" for c in text)
+
 ATTACKS = {        # what is in the archive, and what the message must name
     "pickle in the sample inputs": lambda f: (
         f | {member(f, "sample_inputs/model.pt"): pickled(([Code()], {}))}, "sample inputs"),
@@ -343,12 +357,21 @@ ATTACKS = {        # what is in the archive, and what the message must name
     "code in the name of an input": lambda f: (change(
         f, "models/model.json", lambda g: g["graph_module"]["module_call_graph"][0]["signature"].update(
             forward_arg_names=[f"x={shell()}"])), ""),
-    "a factory in the layout of the inputs": lambda f: (change(
-        f, "models/model.json", lambda g: g["graph_module"]["module_call_graph"][0]["signature"].update(
-            in_spec=g["graph_module"]["module_call_graph"][0]["signature"]["in_spec"].replace(
-                '"builtins.dict", "context": "[]"', '"collections.defaultdict", "context": ' + json.dumps(json.dumps(
-                    {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}))))),
-        ""),
+    "a factory in the layout of the inputs": lambda f: (layout(f, "collections.defaultdict", json.dumps(
+        {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []})), "one tensor"),
+    "the same in escapes": lambda f: (layout(f, "collections.default\\u0064ict", json.dumps(
+        {"default_\\u0066actory_module": "antigravity", "default_factory_name": "x", "dict_context": []})
+        .replace("\\\\", "\\")), "one tensor"),
+    "code in the layout, in escapes": lambda f: (layout(f, "builtins.dict", escaped(json.dumps(
+        [f"y={shell()},z=\"',#'\\\n    \"#\"\\\n"])), []), "one tensor"),
+    "a node that writes a file": lambda f: (change(f, "models/model.json", lambda g: nodes(g).insert(0, node(
+        "torch.ops.aten.from_file.default", {"name": "filename", "arg": {"as_string": "ran"}, "kind": 1},
+        {"name": "shared", "arg": {"as_bool": True}, "kind": 1}, {"name": "size", "arg": {"as_int": 6}, "kind": 1}))),
+        "from_file"),
+    "a node of torchvision that does": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
+        target="torch.ops.torchvision.write_file.default")), "write_file"),
+    "a node with underscores": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
+        target="torch.ops.aten.__class__")), "__class__"),
     "guards": lambda f: (change(f, "models/model.json", lambda g: g.update(guards_code=[shell()])), "code"),
     "a compiled library": lambda f: (
         f | {member(f, "archive_format").replace("archive_format", "data/aotinductor/model/x.so"): b"\x7fELF"},
@@ -363,6 +386,8 @@ ATTACKS = {        # what is in the archive, and what the message must name
     "meta that is a list": lambda f: (f | {member(f, "meta.json"): "[1, 2]"}, ""),
     "meta that is no JSON": lambda f: (f | {member(f, "meta.json"): "{"}, ""),
     "a size of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(size="big")), ""),
+    "a label of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=300)), "300"),
+    "arguments of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(args=None)), "args"),
     "a negative size": lambda f: (change(f, "meta.json", lambda m: m.update(size=-16)), ""),
     "a huge size": lambda f: (change(f, "meta.json", lambda m: m.update(size=10**7)), ""),
     "another size than it takes": lambda f: (change(f, "meta.json", lambda m: m.update(size=32)), ""),
@@ -393,6 +418,60 @@ class Diverged(Tiny):
     def __init__(self):
         super().__init__()
         self.conv.weight.data.fill_(float("nan"))
+
+class Norm(Tiny):
+    """Normalises with what is in the batch, as nobody called eval()."""
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Sequential(self.conv, torch.nn.BatchNorm2d(3))
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_in_training_mode(refuse, capsys):
+    for net in (Norm(), Norm().eval()):
+        program = torch.export.export(net, (torch.zeros(2, 3, 16, 16),),
+                                      dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
+        if net.training:
+            assert "eval()" in refuse("evaluate", "bad.pt2", "--data", "toy")
+    score()
+    assert "bad.pt2" in capsys.readouterr().out
+
+class Second(torch.nn.Module):
+    """Sees the second of two classes in the left half of every photo."""
+    def forward(self, x):
+        left = (torch.arange(x.shape[3]) < x.shape[3] // 2).float().expand(x.shape[0], 1, *x.shape[2:])
+        return torch.cat([1 - left, left], 1) + 0 * x[:, :2]
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_channels_for_background_and_foreground(here, capsys):
+    """Both constant answers are there by their names, D5 is of the foreground, and a program of one channel for the
+    same photos stands in the same call."""
+    Path("f/images").mkdir(parents=True)
+    Path("f/masks").mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16)).save(f"f/images/{i}.png")
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, (0, 0, 4, 16))                                 # a quarter, inside the left half
+        mask.save(f"f/masks/{i}.png")
+    for path, net, classes in (("two.pt2", Second(), ["background", "foreground"]), ("one.pt2", Tiny(), ["foreground"])):
+        net = net if path == "two.pt2" else torch.nn.Sequential(net, torch.nn.Conv2d(3, 1, 1))
+        program = torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),),
+                                      dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+                                      if path == "two.pt2" else {"input": {0: torch.export.Dim("batch", min=1)}})
+        torch.export.save(program, path, extra_files={"meta.json": json.dumps(META | {"classes": classes})})
+    load("evaluate").main(["two.pt2", "one.pt2", "--data", "f", "--as-published", "--json", "s.json"])
+    out, scores = capsys.readouterr().out, json.loads(Path("s.json").read_text())[0]["scores"]
+    assert "all foreground" in out and scores["D5_iou"] == pytest.approx(0.5) == scores["classes"]["foreground"]["iou"]
+    line = next(line for line in out.splitlines() if line.startswith("all background"))
+    assert line.split()[2] == "0.7500"
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_for_few_photos(refuse):
+    program = torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 16, 16),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=8)},))
+    torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
+    assert "--batch-size" in refuse("evaluate", "bad.pt2", "--data", "toy")
+    score("--batch-size", "8")
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("net, channels, free", ((Grey, 1, True), (Tiny, 3, False), (Pair, 3, True), (Diverged, 3, True)))
