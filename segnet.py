@@ -6,7 +6,7 @@ YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
 RUN IT          python segnet.py                                      with --resume it goes on
   python segnet.py --pretrain && python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  Toy mIoU 0.724 (62 s), with --stages 5 mIoU 0.418; pets mIoU 0.703 (96 px); CPU.
-DIFFERS FROM THE PAPER  Smaller (the paper's: --stages 5 --width 64), AdamW, no VGG weights.
+DIFFERS FROM THE PAPER  Smaller (its own: --stages 5 --width 64), AdamW, BCE + Dice, no VGG weights.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -546,9 +546,9 @@ def train_segnet(args, out):
     history, best = open_run(args, model, optimizer)
     if args.compile:
         model.compile()
-    ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     if args.pretrain:
         return pretrain(model, images, val_images, history, best, optimizer, args, amp)
+    ## 4. Train; the best epoch is the one with the highest mean IoU on the validation photos.
     share = torch.bincount(val_masks.cpu().flatten(), minlength=256)[:IGNORE].double()
     share = (share / share.sum())[len(classes) == 1:]         # of one class: not the background
     print(f"baseline constant answer: mIoU {share.max() / (share > 0).sum().clamp(min=1):.4f}")
