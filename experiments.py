@@ -54,8 +54,8 @@ SOURCES = {
     "retina": {"U-Net": "D6 1 - .116 = .884 (training photos)"},
     "puzzle": {"transposed": "IoU .925 (one run)", "ResNet-34": "IoU .979 (ImageNet weights)"}}
 NOTES = {
-    "labels": "D1 pools all classes and is pixel accuracy under another name; the two published "
-              "series disagree by more than the effect, and no scratch arm had fewer labels.",
+    "labels": "D1 pools all classes: of outputs that are 0 or 1 it is pixel accuracy. The two "
+              "published series disagree by more than the effect; no scratch arm has fewer labels.",
     "pretraining": "The published halves point in opposite directions; one seed each.",
     "imbalance": "The published set is also a quarter smaller: the control has its size and all "
                  "breeds, so that only the imbalance is left.",
@@ -63,8 +63,8 @@ NOTES = {
     "masks": "The published mask is a square of at most 6 % of the area and was in the target.",
     "models": "Three definitions stood in one column; here they stand apart.",
     "camvid": "The published 'IoU' is D7, a mean of Dice values (void is a class there), on the "
-              "validation photos; in the LinkNet paper test IoU are SegNet .652, ENet .683, "
-              "Dilation8 .653, LinkNet .683.",
+              "validation photos; the LinkNet paper lists test IoU of SegNet .652, ENet .683 "
+              "(accuracies of classes in ENet's paper), Dilation8 .653, LinkNet .683.",
     "retina": "The published figure is one minus the loss on the training photos.",
     "puzzle": "Four test photos: differences of half a point mean nothing."}
 COLUMNS = {"imbalance": ["lr", "accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],

@@ -19,6 +19,8 @@ def sentences():
             f"{value:.3f}" for value in (scores["accuracy"], scores["miou"], *each)) + " |"
         yield "evaluate.py", f"accuracy {scores['accuracy']:.3f}, mIoU {scores['miou']:.3f}"
     yield "finetune.py", f"mIoU {toy['miou']:.3f}"
+    scratch = read("toy")[1]["scores"]
+    yield "README.md", f"| the same from scratch | {scratch['accuracy']:.3f} | {scratch['miou']:.3f} |"
     yield "finetune.py", f"mIoU {pets['miou']:.3f}"
     yield "README.md", (f"a Dice of {pets['D1_dice']:.3f} (D1; theirs 0.864), {pets['D2_dice']:.3f} (D2), "
                         f"{pets['D3_dice']:.3f} (D3) and {pets['D7_dice']:.3f} (D7)")
@@ -54,6 +56,7 @@ def sentences():
             yield "README.md", (f"accuracy of {scores['accuracy']:.3f}, scores {scores['D2_dice']:.3f} and "
                                 f"{scores['D2_iou']:.3f} when it is measured")
     for run in read("toy_baselines"):
+        yield "README.md", f"{run['name']} {'has a mean IoU of ' * (run['name'] == 'U-Net')}{run['scores']['miou']:.3f}"
         yield run["command"].split()[1], f"Toy mIoU {run['scores']['miou']:.3f} ({run['total_seconds']:.0f} s)"
     four, five = (run["scores"]["miou"] for run in read("segnet_stages"))
     yield "README.md", f"reach a mean IoU of {five:.3f} in the epochs in which four reach {four:.3f}"
