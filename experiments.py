@@ -398,9 +398,10 @@ def charts(records, experiment):
         mean, std = spread([record["miou"] for record in group.values()])
         name, _, amount = label.rpartition(", ")
         if experiment == "masks":
-            share = re.match(r"([\d.]+)-([\d.]+) of", label)         # or the square, 3 %
-            x = 50 * (float(share[1]) + float(share[2])) if share else 3.25
-            name = f"patches of {amount}" if share else "square"
+            share = re.match(r"([\d.]+)-([\d.]+) of", label)
+            x = 50 * (float(share[1]) + float(share[2])) if share else \
+                3.25 if "square" in label else 0                # the square: 0.25 to 6.25 %
+            name = f"patches of {amount}" if share else label
         elif experiment == "models":
             name, x = label, math.log10(next(iter(group.values()))["multiply_adds"])
         else:

@@ -261,6 +261,13 @@ def test_chart_shows_every_point():
     assert svg.count("<circle") == 3 and svg.count("<polyline") == 2 and "x &amp; y" in svg
     assert "nan" not in e.chart("one point", {"a": [(1, 0.5, 0)]}, "x")
 
+def test_chart_of_the_masks():
+    """No mask stands at 0, the square at its share of the area, patches at theirs."""
+    labels = ("no pre-training", "one square of 5-25 % of the side", "0.5-0.75 of the area, 8 px")
+    svg = e.charts([{"experiment": "masks", "arm": label, "seed": 0, "miou": 0.5} for label in labels], "masks")
+    for text in ("no pre-training", "one square", "patches of 8 px", ">62.5<", ">0<"):
+        assert text in svg
+
 # --- a child of our own -----------------------------------------------------------------------------
 
 @pytest.fixture
