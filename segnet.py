@@ -439,7 +439,7 @@ def load_unlabelled(data, root, part, size, ignore):
     if data in ("toy", "pets") or any(Path(data).rglob("masks")):
         images = load_split(data, root, part, size, ignore)[0]
     else:
-        files = sorted(Path(data).rglob("[!.]*.[jJpP][pPnN]*[gG]"))       # jpg, jpeg, png
+        files = sorted(f for f in Path(data).rglob("[!.]*.[jJpP][pPnN]*[gG]") if f.stat().st_size)
         read = lambda f: ImageOps.exif_transpose(Image.open(f)).convert("RGB").resize(size[::-1])
         keep = subset([""] * len(files), 0.1)[part == "train"] or fail(f"--data {data}: no photos")
         images = torch.from_numpy(np.stack([read(files[i]) for i in keep])).movedim(3, 1)
