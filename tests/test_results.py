@@ -48,7 +48,7 @@ def sentences():
         gains = [tuned[seed] - scratch[seed] for seed in scratch]
         cell = lambda values, sign="": f"{statistics.fmean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
         yield "README.md", (f"| {100 * frac:g} % | {cell(scratch.values())} | {cell(tuned.values())} | {cell(gains, '+')} | "
-                            + (f"{longer[0]:.3f} |" if longer else "- |"))
+                            + (f"{cell(longer.values()) if len(longer) == 3 else format(longer[0], '.3f')} |" if longer else "- |"))
     for row in read("recipe")["rows"]:
         yield "README.md", (f"| {row['first_weights']} | {row['loss']} | {row['masks']} | {row['network']} | {row['pretrain_epochs']} | "
                             f"{row['take']} | {row['steps']:,} | {row['scratch']:.3f} | {row['pretrained']:.3f} |")
