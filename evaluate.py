@@ -42,10 +42,12 @@ FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
         "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
 HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
     def setting(text):
@@ -53,6 +55,7 @@ def number(kind, low, high, *words):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
     return setting
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
@@ -89,12 +92,14 @@ TARGETS = re.compile(            # but for what reads and writes files
     r"torch\.ops\.aten\.(?!from_file|save)(_?[a-z]\w*|__(and|or|xor)__)(\.[A-Za-z]\w*)?|"
     r"torch\.ops\.(torchvision\.deform_conv2d|higher_order\.wrap_with_(autocast|set_grad_enabled))"
     r"(\.default)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)")
+
 def walk(node, key=None):
     """Every (key, value) anywhere inside a JSON value; members of a list have the list's key."""
     for name, value in node.items() if isinstance(node, dict) else [(key, value) for value in node]:
         yield name, value
         if isinstance(value, (dict, list)):
             yield from walk(value, name)
+
 def inspect_program(path):
     """Look into the archive without running anything of it -> its meta.json, and a copy in memory
     of what was looked at (another reader might find other members in the file). ValueError names
@@ -139,6 +144,7 @@ def inspect_program(path):
             archive.writestr(f"model/{name}", content)
     copy.seek(0)
     return json.loads(members["extra/meta.json"]), copy
+
 def open_program(path, device):
     """A .pt2 file -> segment(x), from (B, 3, H, W) float in [0, 1] to logits (B, C, H, W), and
     its meta.json with classes, size as [H, W] and ignore."""
@@ -174,6 +180,7 @@ def open_program(path, device):
     meta["cost"] = {"parameters": sum(weight.numel() for weight in program.parameters()),
                     "multiply_adds": counter.get_total_flops() // 2}        # of one photo
     return segment, meta
+
 # --- scores ---------------------------------------------------------------------------------------
 def image_counts(hard, masks, C):
     """(B, H, W) predicted and true labels -> (B, C, C) int64, pixels by truth (down) and prediction
@@ -183,9 +190,11 @@ def image_counts(hard, masks, C):
     cell = cell + torch.arange(B, device=cell.device).view(B, 1, 1) * (C * C + 1)
     counts = torch.bincount(cell.flatten(), minlength=B * (C * C + 1))
     return counts.view(B, C * C + 1)[:, :-1].view(B, C, C)
+
 def ratio(top, bottom):
     """top / bottom, nan where bottom is 0."""
     return top.double() / bottom.double()
+
 def class_scores(counts, names):
     """Scores of a whole split from its matrices (N, C, C); names are those of the classes that
     count, the last of C. A class that never occurs is nan and left out of the means; these are 1
@@ -208,6 +217,7 @@ def class_scores(counts, names):
     out["classes"] = {label: {name: values[i].item() if seen[i] else None
                               for name, values in each.items()} for i, label in enumerate(names)}
     return out
+
 def pet_scores(counts, breeds):
     """For the pets: the pet alone, with border pixels left out and with border counted as pet, and
     mean IoU for each species (the names of cat breeds begin with a capital)."""
@@ -218,6 +228,7 @@ def pet_scores(counts, breeds):
     return {"pet_iou_without_border": inner, "pet_iou_border_as_pet": outer,
             **{f"{kind}_{key}": value for kind, which in (("cat", cat), ("dog", ~cat))
                for key, value in class_scores(counts[which], PETS).items() if key != "classes"}}
+
 def soft_sums(logits, masks):
     """(B, 2, 3): |P and T|, |P|, |T| summed over channels and pixels of each image, with P the
     sigmoid of the logits, and with P the sigmoid of that."""
@@ -227,6 +238,7 @@ def soft_sums(logits, masks):
     sums = [torch.stack([(p * y).sum((1, 2, 3)), (p * valid).sum((1, 2, 3)), y.sum((1, 2, 3))], 1)
             for p in (logits.sigmoid(), logits.sigmoid().sigmoid())]
     return torch.stack(sums, 1)
+
 def published_scores(counts, soft, names):
     """The definitions behind the numbers of five earlier projects, on this network's answers. Most
     of them are called Dice or IoU there. D1, D2 and D6 take sigmoids of the logits, so they mean
@@ -255,6 +267,7 @@ def published_scores(counts, soft, names):
     each = dice.sum(1) / present.sum(1).clamp(min=1)
     out["D7_dice"] = torch.stack([part.mean() for part in each.split(8)]).mean().item()
     return out
+
 def pick_device(name, amp):
     """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -267,10 +280,12 @@ def pick_device(name, amp):
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, amp and device.type == "cpu" and fast
+
 def progress(text):
     """One rewritten line, on a terminal only; the next print writes over it."""
     if sys.stdout.isatty():
         print(f"\r{text:<39.39}\r", end="", flush=True)
+
 # --- labelled data --------------------------------------------------------------------------------
 def subset(breeds, share):
     """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
@@ -279,6 +294,7 @@ def subset(breeds, share):
         lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -304,6 +320,7 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
+
 def pet_files(root, part):
     """Oxford-IIIT Pet, official split, a tenth of trainval for validation -> pairs, breeds."""
     base = Path(root, "oxford-iiit-pet")
@@ -320,6 +337,7 @@ def pet_files(root, part):
     keep = range(len(names)) if part == "test" else subset(breeds, 0.1)[part == "train"]
     return [(base / f"images/{names[i]}.jpg", base / f"annotations/trimaps/{names[i]}.png")
             for i in keep], [breeds[i] for i in keep]
+
 def folder_files(folder, part):
     """images/ and masks/, flat or under train/ val/ test/ (see README) -> pairs, breeds ("")."""
     flat = Path(folder, "images").is_dir()
@@ -335,6 +353,7 @@ def folder_files(folder, part):
     keep = test if part == "test" else [rest[i] for i in (val if part == "val" else train)]
     pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
+
 def read_pair(pair, size):
     """(photo, mask) files -> (4, H, W) uint8, RGB and labels, stretched and turned upright."""
     try:
@@ -348,6 +367,7 @@ def read_pair(pair, size):
             return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
         raise OSError(f"{pair[0]}: {error}") from error
+
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
@@ -364,6 +384,7 @@ def decode(pairs, size):
     save(cache, array.tofile)
     print(f"decoded  {len(pairs)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return torch.from_numpy(array)
+
 def load_split(data, root, part, size, ignore):
     """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
     if data == "toy":
@@ -386,6 +407,7 @@ def load_split(data, root, part, size, ignore):
         table[ignore] = IGNORE
     names = [str(label) for label in range(top + 1)] if top > 1 else ["foreground"]
     return images, table[masks.int()], breeds, PETS if data == "pets" else names
+
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -398,9 +420,11 @@ def save(path, write):
     finally:
         if temporary.exists():
             temporary.unlink()
+
 # --- pictures -------------------------------------------------------------------------------------
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # pet, ground, border
+
 def draw_overlay(path, images, masks, hard, binary):
     """Photo, truth over it and prediction over it for N photos, a row each, what is looked for in
     orange (label 0, or 1 if there is only one class); wrong pixels in red."""
@@ -417,6 +441,7 @@ def draw_overlay(path, images, masks, hard, binary):
     for i, title in enumerate(("photo", "truth", "prediction", "wrong in red")):
         ImageDraw.Draw(page).text((i * picture.width // 4 + 6, 4), title, "black")
     save(path, lambda file: page.save(file, "PNG"))
+
 def draw_curves(path, rows):
     """Loss and mean IoU over the epochs, of training (grey) and validation (orange)."""
     page = Image.new("RGB", (860, 330), "white")
@@ -439,6 +464,7 @@ def draw_curves(path, rows):
         draw.text((left, 290), "epoch 1", "black")
         draw.text((left + 320, 290), f"epoch {len(rows)}", "black")
     save(path, lambda file: page.save(file, "PNG"))
+
 # --- main -----------------------------------------------------------------------------------------
 def blur_photos(images, percent):
     """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, more on a larger."""
@@ -449,6 +475,7 @@ def blur_photos(images, percent):
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(soft, images.movedim(1, -1).contiguous().numpy()))
     return torch.from_numpy(np.stack(rows)).movedim(-1, 1)
+
 @torch.inference_mode()
 def run_program(segment, images, masks, C, batch, device):
     """A program over a whole split -> hard labels (N, H, W) uint8, matrices (N, C', C'), soft sums
@@ -464,6 +491,7 @@ def run_program(segment, images, masks, C, batch, device):
         soft.append(soft_sums(logits, y).cpu())
         progress(f" {sum(map(len, hard))} of {len(images)} photos")
     return torch.cat(hard), torch.cat(counts), torch.cat(soft), time.perf_counter() - began
+
 def table(title, columns, rows, value):
     """Aligned columns of numbers under a title; rows are (name, scores), None or nan is a dash."""
     width = max(len(title), *(len(name) for name, _ in rows)) + 1
@@ -472,11 +500,13 @@ def table(title, columns, rows, value):
         values = [(value(each, column), max(10, len(column) + 2)) for column in columns]
         print(name.ljust(width) + "".join(
             f"{'-' if v is None or v != v else f'{v:.4f}':>{size}}" for v, size in values))
+
 def all_scores(counts, soft, names, breeds, as_published):
     """All scores of a split: of the classes, for pets of the species, if asked the published."""
     out = class_scores(counts, names)
     out |= pet_scores(counts, breeds) if names == PETS else {}
     return out | (published_scores(counts, soft, names) if as_published else {})
+
 def evaluate(args):
     ## 1. The programs: those named, or every finished run.
     paths = [Path(run, "model.pt2") if Path(run).is_dir() else Path(run) for run in args.runs] or \
@@ -543,6 +573,7 @@ def evaluate(args):
                 table(title, columns, group, lambda s, column: s[columns[column]])
     print("\npictures overlay.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
+
 def main(argv=None):
     """evaluate, with one line in the place of a traceback where the machine gives out."""
     try:
@@ -555,5 +586,6 @@ def main(argv=None):
         if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
+
 if __name__ == "__main__":
     main()

@@ -75,15 +75,17 @@ COLUMNS = {"imbalance": ["lr", "accuracy", "miou", "cat_miou", "dog_miou", "D1_d
            "puzzle": ["accuracy", "precision", "recall", "f1", "miou"]}
 REFERENCE = {"pretraining": "none", "imbalance": "same number, all breeds",
              "masks": "no pre-training"}
-TITLES = {"miou": "mIoU", "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
+TITLES = {"miou": "test mIoU", "train_miou": "training mIoU", "val_miou": "validation mIoU",
+          "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
           "dog_miou": "dogs mIoU", "multiply_adds": "multiply-adds",
           "images_per_second": "images/s in training"}
-USUAL = ["lr", "accuracy", "miou", "dice", "D1_dice", "D1_iou"]
+USUAL = ["lr", "train_miou", "val_miou", "miou", "accuracy", "dice", "D1_dice", "D1_iou"]
 
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
     def setting(text):
@@ -123,10 +125,12 @@ def arm(label, script, *flags, pre=None, epochs=1, lrs=None, like=None, seeds=No
     like: the arm whose rate it takes over instead; lr, val: the rate found, its score there."""
     return {"label": label, "script": script, "flags": [str(flag) for flag in flags], "pre": pre,
             "epochs": epochs, "lrs": lrs, "like": like, "seeds": seeds, "lr": None, "val": 0}
+
 def tuned(label, args, frac=1.0, pre=MASK, more=(), **options):
     """An arm of finetune.py; fewer labels, so many more epochs: the steps stay the same."""
     return arm(label, "finetune", "--frac", frac, *more, pre=pre,
                epochs=max(1, round(args.epochs / frac)), **options)
+
 def plan(name, args):
     """The arms of one experiment."""
     unlabelled, labelled = args.photos
@@ -194,6 +198,7 @@ def plan(name, args):
             arm("bilinear", "unet", *flags, "--width", 16, "--up", "bilinear", epochs=100, **own),
             arm("ResNet-34", "unet", *flags, "--encoder", "resnet34", "--up", "bilinear",
                 epochs=100, **own)]
+
 # --- run ------------------------------------------------------------------------------------------
 def command_of(args, script, flags):
     """The words of a child's command; its folder's name comes from them, so that a run is found
@@ -204,22 +209,27 @@ def command_of(args, script, flags):
         words += [] if flag in words else [flag, str(value)]
     key = hashlib.sha256(repr(words).encode()).hexdigest()[:8]
     return [*words, "--out", str(Path(args.out, f"{script}-{key}"))]
+
 def share_of(words):
     """The share of the training photos that a command takes."""
     return float(words[words.index("--frac") + 1]) if "--frac" in words else 1.0
+
 def pretraining_of(args, arm, seed):
     epochs = str(round(args.pretrain_epochs / share_of(arm["pre"])))       # half the photos twice
     return command_of(args, "pretrain", [*arm["pre"], "--epochs", epochs, "--seed", str(seed)])
+
 def training_of(args, arm, seed, lr):
     init = ["--init", f"{pretraining_of(args, arm, seed)[-1]}/best.pt"] if arm["pre"] else []
     return command_of(args, arm["script"], [*arm["flags"], *init, "--epochs", str(arm["epochs"]),
                                             "--lr", f"{lr:g}", "--seed", str(seed)])
+
 def finished(command):
     """The result.json of a finished run, or None."""
     try:
         return json.loads(Path(command[-1], "result.json").read_text())
     except (OSError, ValueError):
         return None
+
 def run_child(args, command, env, search=False):
     """One child until it ends, its output in OUT.log -> its exit code, None if it diverged in a
     search. Its stdout is a pipe of ours, so that a child whose parent was killed ends too, at its
@@ -243,6 +253,7 @@ def run_child(args, command, env, search=False):
     if child.returncode not in (0, 130, -signal.SIGINT):
         raise RuntimeError(f"{shlex.join(command)}: {last} (all of it in {folder}.log)")
     return child.returncode
+
 def run_all(args, commands, search=False):
     """Run what is not finished, --jobs at a time -> the results, in the order of the commands; None
     for what diverged in a search."""
@@ -271,6 +282,7 @@ def run_all(args, commands, search=False):
                 child.terminate()                      # what has ended does not mind
             raise
     return [finished(command) for command in commands]
+
 def evaluate_all(args, folders, blur):
     """Have evaluate.py score what has no scores yet -> {folder: record}."""
     name = f"test-{blur:g}.json"
@@ -283,6 +295,7 @@ def evaluate_all(args, folders, blur):
         for folder, record in zip(todo, json.loads(collected.read_text())):
             save(Path(folder, name), lambda file: file.write_text(json.dumps(record)))
     return {folder: json.loads(Path(folder, name).read_text()) for folder in folders}
+
 def run_stage(args, arms, seeds):
     """Pre-trainings first, then the trainings of all arms: with the first seed the search for a
     learning rate, which sets arm["lr"], then the other seeds with what was found."""
@@ -302,6 +315,7 @@ def run_stage(args, arms, seeds):
             a["val"], a["lr"] = max((a["val"], a["lr"] or 0), (value, lr))
         for a in [a for a, _, _ in runs if search and not a["val"] and not args.dry_run]:
             raise RuntimeError(f"{a['label']}: the loss is not finite at any learning rate")
+
 # --- tables ---------------------------------------------------------------------------------------
 def grouped(records, experiment):
     """{arm: {seed: record}} in the order in which they came."""
@@ -310,9 +324,11 @@ def grouped(records, experiment):
         if record["experiment"] == experiment:
             groups.setdefault(record["arm"], {})[record["seed"]] = record
     return groups
+
 def spread(values):
     """Mean and standard deviation over seeds; 0 for a single one."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
 def cell(values):
     """Numbers of several seeds as text: 0.7090 ± 0.0021, or one with its thousands."""
     values = [value for value in values if value is not None]
@@ -320,11 +336,13 @@ def cell(values):
     if mean is None:
         return "-"
     return f"{mean:,.0f}" if mean >= 10 else f"{mean:.4f}" + (f" ± {std:.4f}" if std else "")
+
 def paired(one, other, key="miou"):
     """Mean and deviation of the differences of two arms, taken seed by seed."""
     ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. Of
     ## three seeds the mean is known to about two and a half deviations (Student's t, 95 %).
     return spread([one[seed][key] - other[seed][key] for seed in one if seed in other])
+
 def markdown(records, experiment):
     """The rows of one experiment as Markdown, with the published numbers and what they mean."""
     columns, published = COLUMNS.get(experiment, USUAL), SOURCES.get(experiment, {})
@@ -352,6 +370,7 @@ def markdown(records, experiment):
                 lines.append(f"- {label}: {TITLES[key]} {mean:+.4f}" + (
                     f" ± {std:.4f}" if std else "") + f" against {other}, seed by seed.")
     return "\n".join(lines).strip() + "\n"
+
 # --- page -----------------------------------------------------------------------------------------
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
@@ -362,6 +381,7 @@ td:first-child,td:last-child,th:last-child{text-align:left}
 svg{max-width:760px;display:block;margin:1em 0}
 svg text{font:12px sans-serif}svg .t{font-weight:bold}.g{stroke:#eee}img{max-width:340px}
 figure{display:inline-block;margin:.5em;vertical-align:top}pre{overflow:auto;background:#f6f6f6}"""
+
 def chart(title, series, across):
     """Inline SVG: {name: [(x, mean, deviation)]} as lines with bars for the spread over seeds."""
     points = [point for line in series.values() for point in line]
@@ -389,8 +409,10 @@ def chart(title, series, across):
         out.append(f'<rect x="500" y="{40 + 20 * row}" width="10" height="10" fill="{colour}"/>'
                    + text(516, 49 + 20 * row, html.escape(name)))
     return "".join(out) + "</svg>"
+
 ACROSS = {"labels": "labels, per cent", "blur": "blur, per cent", "masks": "masked area, per cent",
           "models": "multiply-adds of a photo, power of ten"}
+
 def charts(records, experiment):
     """The chart of an experiment that has something to go across: mean IoU on the test photos."""
     series = {}
@@ -408,6 +430,7 @@ def charts(records, experiment):
             x = float(amount.split()[0])
         series.setdefault(name, []).append((x, mean, std))
     return chart(f"{experiment}: mean IoU", series, ACROSS[experiment])
+
 def page(records):
     """One self-contained page: tables, charts, predictions, the command behind each figure."""
     parts = []
@@ -449,6 +472,7 @@ def save(path, write):
     finally:
         if temporary.exists():
             temporary.unlink()
+
 def estimate(args, commands):
     """Seconds that the commands may take, from finished runs of the same scripts, or None."""
     amount = lambda words: float(words[words.index("--epochs") + 1]) * share_of(words)
@@ -461,6 +485,7 @@ def estimate(args, commands):
     if not {command[0] for command in commands} <= rate.keys():
         return None
     return sum(statistics.median(rate[command[0]]) * amount(command) for command in commands)
+
 def experiment(args):
     if args.table:
         try:
@@ -522,6 +547,7 @@ def experiment(args):
                     "command": f"python {shlex.join(command)}", **flat,
                     **{key: record[key] for key in ("parameters", "multiply_adds", "device",
                                                     "torch", "size", "data", "photos")},
+                    "train_miou": result["miou"],      # of the best epoch, on augmented photos
                     **{key: result[key] for key in ("val_miou", "images_per_second",
                                                     "memory_gb", "total_seconds")}})
     ## 5. Results, tables, page; what other experiments left there stays.
@@ -537,6 +563,7 @@ def experiment(args):
         save(out / name, lambda file: file.write_text(text, encoding="utf-8"))
     print("\n" + "\n".join(tables[name] for name in names if name in tables)
           + f"\nresults  {out}/results.json, results.md, report.html")
+
 def main(argv=None):
     """experiment, with one line for a traceback where a child or the machine gives out."""
     args = parse_args(argv)
@@ -548,5 +575,6 @@ def main(argv=None):
         raise SystemExit(130)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         fail(error)
+
 if __name__ == "__main__":
     main()

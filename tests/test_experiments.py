@@ -98,7 +98,7 @@ def stubs(here, monkeypatch):
         Path(command[-1]).mkdir(parents=True)
         value = 0.6 - abs(math.log10(lr / 1e-3)) / 10 + seed / 100 + (flag(command, "--init") != "none") / 20
         Path(command[-1], "result.json").write_text(json.dumps({
-            "val_miou": value, "total_seconds": 60.0, "images_per_second": 9.0, "memory_gb": None,
+            "miou": value + 0.1, "val_miou": value, "total_seconds": 60.0, "images_per_second": 9.0, "memory_gb": None,
             "photos": 22974, "args": {"size": [int(flag(command, "--size"))] * 2,
                                       "epochs": int(flag(command, "--epochs")),
                                       "frac": float(flag(command, "--frac", 1))}}))
@@ -125,7 +125,8 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     assert len(records) == (4 * 2 + 2) * 3 and {r["lr"] for r in records} == {1e-3}
     out = capsys.readouterr().out
-    assert "| pre-trained, 10 % | 0.0010 | 0.6600 ± 0.0100 |" in out and "pre-trained, 10 %: mIoU +0.0500" in out
+    assert "| pre-trained, 10 % | 0.0010 | 0.7600 ± 0.0100 | 0.6600 ± 0.0100 | 0.6600 ± 0.0100 |" in out
+    assert "pre-trained, 10 %: test mIoU +0.0500" in out
     assert "D1 .829 / .719" in out and Path("checkpoints/experiments/results.md").read_text() in out
     page = Path("checkpoints/experiments/report.html").read_text()
     assert page.count("<svg") == 1 and "python finetune.py" in page and "http" not in page
@@ -240,11 +241,11 @@ def test_differences_stand_below_the_table():
     records = [record(arm, s, base + gain + 0.001 * s * (gain > 0), "labels") for s, base in enumerate((0.5, 0.6))
                for arm, gain in (("pre-trained, 10 %", 0.02), ("scratch, 10 %", 0), ("scratch, as long, 10 %", 0.05))]
     assert [line for line in e.markdown(records, "labels").splitlines() if line.startswith("- ")] == [
-        "- pre-trained, 10 %: mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
-        "- pre-trained, 10 %: mIoU -0.0300 against scratch, as long, 10 %, seed by seed."]
+        "- pre-trained, 10 %: test mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
+        "- pre-trained, 10 %: test mIoU -0.0300 against scratch, as long, 10 %, seed by seed."]
     records = [record(arm, 0, miou, "pretraining") for arm, miou in (("all", 0.5), ("half", 0.625), ("none", 0.25))]
     assert [line for line in e.markdown(records, "pretraining").splitlines() if line.startswith("- ")] == [
-        "- all: mIoU +0.2500 against none, seed by seed.", "- half: mIoU +0.3750 against none, seed by seed."]
+        "- all: test mIoU +0.2500 against none, seed by seed.", "- half: test mIoU +0.3750 against none, seed by seed."]
 
 # --- statistics -------------------------------------------------------------------------------------
 
