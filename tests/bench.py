@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "limit pipeline ladder source quantiser peers scores start growth folder".split()
@@ -227,6 +228,13 @@ def ladder(args):
 
 # --- source: the same network as its authors trained it -----------------------------------------------
 
+def matrix_speed(device, dtype):
+    """GFLOP/s of a large matrix product, the most that a network may hope for."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return statistics.median(2e-9 * side**3 / clock(lambda: a @ b, device) for _ in range(5))
+
 class OneHot(nn.Module):
     """The quantiser as the ports write it: all distances, a one-hot matrix, Laplace-smoothed averages."""
     def __init__(self, K, D):
@@ -266,6 +274,14 @@ def source(args):
         fast = x.contiguous(memory_format=torch.channels_last)
         compare(f"  widths {widths[0]} / {widths[1]} / {widths[2]}", lambda: ours(fast), lambda: theirs(x), batch,
                 "images/s", args, "goal 4 on a CPU with AVX512-BF16")
+        ## How near to the processor's limit: multiplications and additions of a step, by images a second.
+        with FlopCounterMode(display=False) as counter:
+            theirs(x)
+        work, row = counter.get_total_flops() / batch / 1e9, ROWS[-1]
+        limits = [matrix_speed(args.device, dtype) for dtype in (torch.bfloat16 if amp else torch.float32, torch.float32)]
+        print(f"    {work:.1f} GFLOP an image: ours {row['ours'] * work:,.0f} of {limits[0]:,.0f} GFLOP/s of a large matrix "
+              f"product, theirs {row['theirs'] * work:,.0f} of {limits[1]:,.0f} (float32)")
+        row |= {"gflop_per_image": work, "matrix_gflops": limits}
 
 # --- quantiser: time and memory -----------------------------------------------------------------------
 
