@@ -50,11 +50,11 @@ def fail(message):
 
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def setting(text):
+    def numeric(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return setting
+    return numeric
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
@@ -269,11 +269,10 @@ def published_scores(counts, soft, names):
     return out
 
 def pick_device(name, amp):
-    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    """'auto' takes cuda or mps where it is there, else cpu -> device, whether bfloat16 is fast."""
+    there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.empty(1, device=name if name != "auto" else
-                             "cuda" if torch.cuda.is_available() else mps).device
+        device = torch.empty(1, device=there if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
@@ -288,7 +287,7 @@ def progress(text):
 
 # --- labelled data --------------------------------------------------------------------------------
 def subset(breeds, share):
-    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
+    """Indices of a seeded share of each breed, at least one, and of the rest; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
         lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
@@ -340,33 +339,33 @@ def pet_files(root, part):
 
 def folder_files(folder, part):
     """images/ and masks/, flat or under train/ val/ test/ (see README) -> pairs, breeds ("")."""
-    flat = Path(folder, "images").is_dir()
-    cut = flat or not Path(folder, "val").is_dir()
+    flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
-    photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
-                     for pattern in ("images/[!.]*", "masks/[!.]*"))
-    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["a photo"]):
-        fail(f"{base}: '{stem}' wanted in both images/ and masks/")
-    every = range(len(photos))
+    files = [sorted(base.glob(pattern)) for pattern in ("images/[!.]*", "masks/[!.]*")]
+    photos, masks = ({file.stem: file for file in kind} for kind in files)
+    count = Counter(file.stem for kind in files for file in kind)
+    odd = [s for s in sorted(count) if count[s] > 2 or s not in photos or s not in masks]
+    if odd or not photos:
+        fail(f"{base}: '{odd[0] if odd else 'a photo'}' wanted once in images/ and once in masks/")
+    every, stems = range(len(photos)), list(photos)
     test, rest = subset([""] * len(photos), 0.1) if flat else (every, every)
-    val, train = subset([""] * len(rest), 0.1) if cut else (range(len(rest)), range(len(rest)))
+    val, train = subset([""] * len(rest), 0.1) if flat or cut else (every, every)
     keep = test if part == "test" else [rest[i] for i in (val if part == "val" else train)]
-    pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
+    pairs = [(photos[stems[i]], masks[stems[i]]) for i in keep]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
 
 def read_pair(pair, size):
     """(photo, mask) files -> (4, H, W) uint8, RGB and labels, stretched and turned upright."""
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
-            whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
-            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != whole:
-                raise ValueError(f"not 8 bits of {whole}: {photo.mode}, {mask.mode} {mask.size}")
+            full = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
+            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != full:
+                raise OSError(f"not 8 bits, one size: {photo.mode} {full}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
-            labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
-            return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
+            return np.dstack([rgb, mask.resize(size[::-1], Image.NEAREST)]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        raise OSError(f"{pair[0]}: {error}") from error
+        raise OSError(f"{pair[0]}, {pair[1].name}: {error}") from error
 
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made

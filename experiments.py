@@ -88,11 +88,11 @@ def fail(message):
 
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def setting(text):
+    def numeric(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return setting
+    return numeric
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)

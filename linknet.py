@@ -6,7 +6,7 @@ YOU WILL LEARN  - skips by addition, and a decoder that costs little -> DecoderB
   - two ways to learn up-sampling -> doubled; rare classes weighted up -> weighted_ce
   - a schedule is a function of the step, or of the past -> lr_at, one_cycle, plateau
 RUN IT          python linknet.py                              with --resume it goes on
-                python linknet.py --data pets                  (fetches ImageNet weights)
+                python linknet.py --data pets                  (fetches photos and weights)
                 python evaluate.py checkpoints/linknet
 WHAT TO EXPECT  Toy mIoU 0.678 (77 s), pets mIoU 0.720 (96 px, ResNet-18 from
   scratch, 60 epochs, one core); CPU, torch 2.15. A broken run stays at the baseline.
@@ -43,11 +43,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def setting(text):
+    def numeric(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return setting
+    return numeric
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -243,11 +243,10 @@ def to_float(images):
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def pick_device(name, amp):
-    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    """'auto' takes cuda or mps where it is there, else cpu -> device, whether bfloat16 is fast."""
+    there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.empty(1, device=name if name != "auto" else
-                             "cuda" if torch.cuda.is_available() else mps).device
+        device = torch.empty(1, device=there if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
@@ -279,7 +278,7 @@ def plateau(history, peak, patience=5):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # there, as copying would wait
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # drawn there: a copy waits
     side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
@@ -330,7 +329,7 @@ def validate(model, images, masks, losses, amp=False):
     return (total / len(images)).item(), counts.cpu()
 # --- labelled data --------------------------------------------------------------------------------
 def subset(breeds, share):
-    """Numbers of a seeded share of each breed, at least one, and of the others; 25 % is in 50 %."""
+    """Indices of a seeded share of each breed, at least one, and of the rest; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
         lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
@@ -379,32 +378,32 @@ def pet_files(root, part):
             for i in keep], [breeds[i] for i in keep]
 def folder_files(folder, part):
     """images/ and masks/, flat or under train/ val/ test/ (see README) -> pairs, breeds ("")."""
-    flat = Path(folder, "images").is_dir()
-    cut = flat or not Path(folder, "val").is_dir()
+    flat, cut = Path(folder, "images").is_dir(), not Path(folder, "val").is_dir()
     base = Path(folder, "" if flat else "train" if cut and part == "val" else part)
-    photos, masks = ({file.stem: file for file in sorted(base.glob(pattern))}
-                     for pattern in ("images/[!.]*", "masks/[!.]*"))
-    for stem in sorted(photos.keys() ^ masks.keys()) or ([] if photos else ["a photo"]):
-        fail(f"{base}: '{stem}' wanted in both images/ and masks/")
-    every = range(len(photos))
+    files = [sorted(base.glob(pattern)) for pattern in ("images/[!.]*", "masks/[!.]*")]
+    photos, masks = ({file.stem: file for file in kind} for kind in files)
+    count = Counter(file.stem for kind in files for file in kind)
+    odd = [s for s in sorted(count) if count[s] > 2 or s not in photos or s not in masks]
+    if odd or not photos:
+        fail(f"{base}: '{odd[0] if odd else 'a photo'}' wanted once in images/ and once in masks/")
+    every, stems = range(len(photos)), list(photos)
     test, rest = subset([""] * len(photos), 0.1) if flat else (every, every)
-    val, train = subset([""] * len(rest), 0.1) if cut else (range(len(rest)), range(len(rest)))
+    val, train = subset([""] * len(rest), 0.1) if flat or cut else (every, every)
     keep = test if part == "test" else [rest[i] for i in (val if part == "val" else train)]
-    pairs = [(photos[stem], masks[stem]) for i in keep for stem in [list(photos)[i]]]
+    pairs = [(photos[stems[i]], masks[stems[i]]) for i in keep]
     return (pairs, [""] * len(pairs)) if pairs else fail(f"{folder}: too few photos for {part}")
 def read_pair(pair, size):
     """(photo, mask) files -> (4, H, W) uint8, RGB and labels, stretched and turned upright."""
     try:
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
-            whole = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
-            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != whole:
-                raise ValueError(f"not 8 bits of {whole}: {photo.mode}, {mask.mode} {mask.size}")
+            full = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
+            if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != full:
+                raise OSError(f"not 8 bits, one size: {photo.mode} {full}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
-            labels = np.asarray(mask.resize(size[::-1], Image.NEAREST), np.uint8)
-            return np.dstack([np.asarray(rgb), labels]).transpose(2, 0, 1)
+            return np.dstack([rgb, mask.resize(size[::-1], Image.NEAREST)]).transpose(2, 0, 1)
     except Exception as error:                         # whatever a broken file can provoke
-        raise OSError(f"{pair[0]}: {error}") from error
+        raise OSError(f"{pair[0]}, {pair[1].name}: {error}") from error
 def decode(pairs, size):
     """Read every pair once, in threads -> (N, 4, H, W) uint8, kept in data/cache/ under a name made
     from the paths, sizes and times of what was read."""
@@ -476,7 +475,7 @@ def open_run(args, model, optimizer):
             other = [f"--{key.replace('_', '-')} {vars(args).get(key)} (was {was})" for key, was in
                      last["args"].items() if key not in free and vars(args).get(key) != was]
             if other:
-                fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+                fail(f"--resume: the run in {out} had other arguments or data: {', '.join(other)}")
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
@@ -519,10 +518,10 @@ def train_linknet(args, out):
     device, amp = pick_device(args.device, args.amp)
     print(f"linknet.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
-    ## 2. The data, on the device if they leave 40 % of it free: train and val, never test.
+    ## 2. The data, train and val, never test; on the device if the photos fit 40 % of what is free.
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load_split(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
-    args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))  # for resume
+    args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))    # is saved
     keep = subset(breeds, args.frac)[0]
     full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
@@ -536,7 +535,7 @@ def train_linknet(args, out):
     losses = [(LOSSES | {"wce": weighted})[name] for name in args.loss.split("+")]
     torch.manual_seed(args.seed)
     model = LinkNet(len(classes), args.encoder,
-                    "none" if args.resume else args.weights, args.up)
+                    "none" if args.resume or args.summary else args.weights, args.up)
     parameters, multiply_adds = summary(model, args.size, args.summary)
     print(f"model    LinkNet, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
     if args.summary:
@@ -577,19 +576,19 @@ def train_linknet(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = model.requires_grad_(False)(to_float(val_images[:8].to(device)))
+    logits = model(to_float(val_images[:8].to(device))).detach()
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
           f"{out / 'model.pt2'}   total {result['total_seconds']:.0f} s")
 def main(argv=None):
     """train_linknet, with one line in the place of a traceback where the machine gives out."""
-    args = parse_args(argv)
+    args, began = parse_args(argv), time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
         train_linknet(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = Path(args.out, "last.pt").exists()
+        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too

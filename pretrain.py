@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
+AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},    # any other data:
         "folder": {"size": [128], "epochs": 20, "batch_size": 32, "lr": 1e-3}}
 DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
@@ -36,11 +36,11 @@ def fail(message):
     raise SystemExit(2)
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def setting(text):
+    def numeric(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return setting
+    return numeric
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -119,9 +119,9 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]     # 8192 fit a cache
+            rows = [flat] if torch.compiler.is_exporting() else flat.detach().split(8192)
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
-                             for part in rows])                         # (N,)
+                             for part in rows])      # (N,); 8192 fit a cache; exported, N is free
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
@@ -134,7 +134,7 @@ class Quantiser(nn.Module):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
         usual = weight.sum() / len(self.codes)
-        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # among kept
+        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # unmasked
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
@@ -193,11 +193,10 @@ def to_float(images):
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 def pick_device(name, amp):
-    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    """'auto' takes cuda or mps where it is there, else cpu -> device, whether bfloat16 is fast."""
+    there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.empty(1, device=name if name != "auto" else
-                             "cuda" if torch.cuda.is_available() else mps).device
+        device = torch.empty(1, device=there if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
@@ -242,6 +241,7 @@ def draw_masks(B, args, device, g=None):
                 for n, start in zip((H, W), u(2, B, 1)))                    # (B, H), (B, W)
         rows, columns = (y >= 0) & (y < side), (x >= 0) & (x < side)
         return ~(rows[:, None, :, None] & columns[:, None, None])
+    ## Each patch gets a place in a random order; the first `hidden` of them are hidden.
     h, w = -(-H // patch), -(-W // patch)
     hidden = (share * h * w + u(B)).floor()[:, None]                         # right on average
     keep = (u(B, h * w).argsort(1) >= hidden).view(B, 1, h, w)
@@ -393,7 +393,7 @@ def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
-             (str(item), item.exists() and item.stat()[6:9:2]) for item in items]    # size and time
+             (str(item), os.access(item, os.R_OK) and item.stat()[6:9:2]) for item in items]
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
     cache, notes, began = CACHE / f"{key}.bin", CACHE / f"{key}.json", time.perf_counter()
     try:
@@ -479,7 +479,7 @@ def open_run(args, model, optimizer):
             other = [f"--{key.replace('_', '-')} {vars(args).get(key)} (was {was})" for key, was in
                      last["args"].items() if key not in free and vars(args).get(key) != was]
             if other:
-                fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+                fail(f"--resume: the run in {out} had other arguments or data: {', '.join(other)}")
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
@@ -584,12 +584,12 @@ def pretrain_vqvae(args, out):
           "total {1:.0f} s".format(out / "best.pt", result["total_seconds"], **row))
 def main(argv=None):
     """pretrain_vqvae, with one line in the place of a traceback where the machine gives out."""
-    args = parse_args(argv)
+    args, began = parse_args(argv), time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
         pretrain_vqvae(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = Path(args.out, "last.pt").exists()
+        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 from torch.utils.flop_counter import FlopCounterMode
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},         # by data; else:
+AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},    # any other data:
         "folder": {"size": [64], "epochs": 30, "batch_size": 32, "lr": 1e-3}}
 DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
@@ -40,17 +40,20 @@ FORMAT = 1                       # of the checkpoints
 CATS = ("Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll "
         "Russian_Blue Siamese Sphynx").split()       # the names of the 25 dog breeds begin small
 HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
 def number(kind, low, high, *words):
     """An argparse type: a number of that kind in [low, high], or one of the words."""
-    def setting(text):
+    def numeric(text):
         if text not in words and not low <= kind(text) <= high:      # refuses NaN too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return text if text in words else kind(text)
-    return setting
+    return numeric
+
 def settle(args, multiple):
     """Put the values for this data in the place of 'auto', and check the size."""
     for name, value in AUTO.get(args.data, AUTO["folder"]).items():
@@ -59,6 +62,7 @@ def settle(args, multiple):
     args.size = args.size * 2 if len(args.size) == 1 else args.size
     if len(args.size) != 2 or "auto" in args.size or any(side % multiple for side in args.size):
         fail(f"--size: wanted one side, or H W, in multiples of {multiple}; got {args.size}")
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
@@ -127,9 +131,9 @@ class Quantiser(nn.Module):
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)                        # (K,)
-            rows = flat.detach().split(8192) if self.training else [flat]     # 8192 fit a cache
+            rows = [flat] if torch.compiler.is_exporting() else flat.detach().split(8192)
             ids = torch.cat([torch.addmm(squares, part, self.codes.T, alpha=-2).argmin(1)
-                             for part in rows])                         # (N,)
+                             for part in rows])      # (N,); 8192 fit a cache; exported, N is free
             q = self.codes[ids]                                         # (N, D)
             if self.training:
                 self.follow(joined, over_ranks(ids), weights)
@@ -142,7 +146,7 @@ class Quantiser(nn.Module):
         """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
         count. At first no code is in use, so this also starts the codebook from data."""
         usual = weight.sum() / len(self.codes)
-        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # among kept
+        place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # unmasked
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
         dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
@@ -184,6 +188,7 @@ class VQVAE(nn.Module):
         z = self.encoder(x - 0.5)                             # (B, D, H/2^downs, W/2^downs)
         q, commitment, ids = self.quantiser(z, keep)
         return self.head(self.decoder(q)), commitment, ids
+
 def summary(model, size, show):
     """Parameters and multiply-adds of one photo -> (int, int); if show, of every block too."""
     rows, model = {}, copy.deepcopy(model).eval()
@@ -200,14 +205,17 @@ def summary(model, size, show):
             print(f"{name or type(model).__name__:12} {str(shape):16} {weights:>12,} parameters "
                   f"{total:>15,} multiply-adds")
     return weights, total          # of the last row, the whole
+
 # --- loss and scores ------------------------------------------------------------------------------
 def reconstruction_loss(output, x, commitment, variance):
-    """Squared error in units of the photos' own variance, so that 1 is what a grey answer of their
-    mean colour scores, and the commitment term (VQ-VAE, eq. 3; the codebook term is done by
+    """Squared error in units of the photos' own variance, so that 1 is what plain grey of their
+    mean brightness scores, and the commitment term (VQ-VAE, eq. 3; the codebook term is done by
     averages) -> loss (), normalised error (), both float32."""
     ## In the units of the photos' variance an error means the same for every data set: 0.1 says
     ## that a tenth of what makes the photos differ is lost.
     error = (output.float() - x).square().mean() / variance
+    ## Without the commitment the encoder's vectors could drift and grow as they like: the codes, a
+    ## few steps behind, would never catch up, and the decoder would see ever coarser copies.
     return error + COMMITMENT * commitment, error
 
 def psnr(error):
@@ -218,17 +226,17 @@ def perplexity(use):
     """exp of the entropy of the codes' use (K,): K if all are used alike, 1 if only one is."""
     share = use / use.sum()
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+
 # --- training -------------------------------------------------------------------------------------
 def to_float(images):
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last, the layout convolutions like best."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 def pick_device(name, amp):
-    """'auto' takes cuda, then mps, then cpu -> device, whether to use bfloat16: if it is fast."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    """'auto' takes cuda or mps where it is there, else cpu -> device, whether bfloat16 is fast."""
+    there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.empty(1, device=name if name != "auto" else
-                             "cuda" if torch.cuda.is_available() else mps).device
+        device = torch.empty(1, device=there if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
@@ -304,11 +312,13 @@ def code_colours(codes):
     """Codes (K, D) -> colours (K, 3) in [0, 1] by their three main directions: like codes, like
     colours."""
     ## Principal components: the directions in which the codes differ most become red, green, blue.
+    ## In codes.png cells of one colour are what the encoder takes for the same: look whether fur,
+    ## sky and edges have colours of their own, and whether they move with the animal.
     codes = codes - codes.mean(0)
     axes = codes @ torch.linalg.svd(codes, full_matrices=False)[2][:3].T                # (K, <= 3)
     return F.pad(axes / axes.abs().amax(0).clamp(min=1e-9) * 0.5 + 0.5, (0, 3 - axes.shape[1]))
-# --- unlabelled data ------------------------------------------------------------------------------
 
+# --- unlabelled data ------------------------------------------------------------------------------
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
@@ -334,11 +344,12 @@ def draw_toy(n, size, seed):
         grown, rest = (F.max_pool2d(m.float(), k, 1, k // 2) for m in (pet, ~pet))
         masks[i:i + b] = torch.where(grown + rest > 1, 2, 1 - pet.long())[:, 0].byte()
     return images, masks, [(CATS + [f"dog_{d}" for d in range(25)])[i % 37] for i in range(n)]
+
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
     {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
-             (str(item), item.exists() and item.stat()[6:9:2]) for item in items]    # size and time
+             (str(item), os.access(item, os.R_OK) and item.stat()[6:9:2]) for item in items]
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
     cache, notes, began = CACHE / f"{key}.bin", CACHE / f"{key}.json", time.perf_counter()
     try:
@@ -370,6 +381,7 @@ def decode_photos(items, size):
     save(notes, write)
     print(f"decoded  {len(items)} photos in {time.perf_counter() - began:.1f} s -> {cache}")
     return decode_photos(items, size)                  # of what is on the disk now
+
 def load_plain(args):
     """The photos of --data -> (N, 3, H, W) uint8; unreadable ones and exact copies are left out."""
     if args.data == "toy":
@@ -394,6 +406,7 @@ def load_plain(args):
         fail(f"--data {args.data}: {len(files) - len(out)} readable photos, two are needed")
     print(f"photos   {len(files)}, {len(notes['bad'])} unreadable, {len(notes['twins'])} copies")
     return images[[i for i in range(len(files)) if i not in out]]
+
 # --- checkpoints ----------------------------------------------------------------------------------
 def load_checkpoint(path, script, hint):
     """The dictionary in a .pt file that `script` wrote, tensors on the CPU."""
@@ -405,6 +418,7 @@ def load_checkpoint(path, script, hint):
     except Exception as error:                         # truncated, or something else entirely
         problem = "no such file" if isinstance(error, FileNotFoundError) else "not a checkpoint"
     fail(f"{path}: {problem}; {hint}")
+
 def save(path, write):
     """write(file) under a temporary name, then rename: a kill leaves the old or the new file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -417,6 +431,7 @@ def save(path, write):
     finally:
         if temporary.exists():
             temporary.unlink()
+
 def open_run(args, model, optimizer):
     """A fresh --out (an earlier run moves to OUT.prev), or with --resume last.pt put into model and
     optimizer -> rows of the epochs so far, number of the best."""
@@ -427,7 +442,7 @@ def open_run(args, model, optimizer):
             other = [f"--{key.replace('_', '-')} {vars(args).get(key)} (was {was})" for key, was in
                      last["args"].items() if key not in free and vars(args).get(key) != was]
             if other:
-                fail(f"--resume: the run in {out} had other arguments: {', '.join(other)}")
+                fail(f"--resume: the run in {out} had other arguments or data: {', '.join(other)}")
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             for part in out.glob(".[0-9]*"):           # left by a process that was killed
@@ -441,6 +456,7 @@ def open_run(args, model, optimizer):
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         print(f"note     the earlier run is now in {out.rename(f'{out}.prev')}")
     return [], 0
+
 def save_epoch(args, model, optimizer, history, best):
     """best.pt if the last epoch is the best, the log, last.pt; a kill between loses one epoch."""
     out, log = Path(args.out), Path(args.out, "log.jsonl")
@@ -454,6 +470,7 @@ def save_epoch(args, model, optimizer, history, best):
     save(log, lambda f: f.write_text("".join(rows)))
     state |= {"optimizer": optimizer.state_dict(), "best": best, "history": history}
     save(out / "last.pt", lambda f: torch.save(state, f))
+
 def draw_samples(path, *columns):
     """Columns of N pictures as a PNG: RGB (N, 3, H, W), or labels (N, H, W), 0 orange, 1 black."""
     colours = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
@@ -461,6 +478,7 @@ def draw_samples(path, *columns):
     columns = [c.cpu().movedim(1, -1) if c.dim() == 4 else colours[c.cpu().long()] for c in columns]
     page = Image.fromarray(torch.cat(columns, 2).flatten(0, 1).numpy())       # (N H, columns W, 3)
     save(path, lambda f: page.save(f, "PNG"))
+
 # --- main -----------------------------------------------------------------------------------------
 def train_vqvae(args, out):
     ## 1. The settings.
@@ -486,7 +504,7 @@ def train_vqvae(args, out):
     print(f"data     {args.data}: train {len(images)}  val {len(val)}  {args.size} pixels  "
           f"variance {variance:.4f}"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
-    ## 3. The model. Photos in grey of the mean colour would score an error of 1.
+    ## 3. The model. Plain grey of the photos' mean brightness would score an error of 1.
     model.to(device, memory_format=torch.channels_last)
     bits = math.log2(args.codes) / (24 * 4 ** args.downs)
     weights = sum(weight.numel() for weight in model.parameters())
@@ -528,14 +546,15 @@ def train_vqvae(args, out):
     print("best     epoch {epoch}  error {val_error:.4f}  PSNR {val_psnr:.2f} dB  perplexity "
           "{val_perplexity:.0f}  used {val_used}/{0}  {1}  total {2:.0f} s".format(
               args.codes, out / "best.pt", result["total_seconds"], **row))
+
 def main(argv=None):
     """train_vqvae, with one line in the place of a traceback where the machine gives out."""
-    args = parse_args(argv)
+    args, began = parse_args(argv), time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # a scheduler's stop is a Ctrl-C
     try:
         train_vqvae(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = Path(args.out, "last.pt").exists()
+        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too

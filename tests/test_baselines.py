@@ -141,6 +141,14 @@ def test_two_channels_and_a_softmax_are_one_and_a_sigmoid():
     p = net(x).sigmoid()
     torch.testing.assert_close(p[:, 0], seen[0].softmax(1)[:, 1])
 
+@pytest.mark.parametrize("name", ("linknet", "unet"))
+def test_a_summary_needs_no_weights(name, here, monkeypatch):
+    m, asked = load(name), []
+    whole = m.backbone
+    monkeypatch.setattr(m, "backbone", lambda net, weights: asked.append(weights) or whole(net, "none"))
+    m.main(["--data", "toy", "--size", "32", "--encoder", "resnet34", "--weights", "imagenet", "--summary"])
+    assert asked == ["none"]
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_cost_is_that_of_the_exported_program(name, here, capsys):
     """summary and result.json agree with what evaluate.py counts in the program."""

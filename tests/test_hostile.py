@@ -89,7 +89,7 @@ def test_16_bit_photos(here, refuse):
     images, notes = load("pretrain").decode_photos(sorted(Path("f/images").glob("*")), [16, 16])
     grey = np.asarray(drawn(0)[0].convert("L").resize((16, 16), Image.BILINEAR)).astype(int)
     assert notes["bad"] == {} and abs(images[4, 1].numpy() - grey).mean() < 3
-    assert "004.jpg: not 8 bits" in refuse("unet", *tiny("unet"), "--data", "f")
+    assert "004.jpg, 004.png: not 8 bits" in refuse("unet", *tiny("unet"), "--data", "f")
 
 @pytest.mark.parametrize("kind", BAD)
 def test_broken_photos(kind, here, refuse):
@@ -347,3 +347,21 @@ def test_stopped_while_decoding(name, here, monkeypatch, capsys, signal_):
     signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and "no epoch yet" in capsys.readouterr().out
     assert not Path("run").exists() and not list(Path(".").rglob(".[0-9]*"))
+
+def test_stopped_over_an_older_run(here, monkeypatch, capsys):
+    """Its last.pt is no epoch of the new run, and --resume with the new flags would be refused."""
+    write_folder("f", 12)
+    m = load("unet")
+    m.main([*tiny("unet"), "--data", "f"])
+    monkeypatch.setattr(m, "open_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    for more, answer in ((["--lr", "1e-4"], "no epoch yet"), (["--resume"], "--resume continues run")):
+        with pytest.raises(SystemExit) as stop:
+            m.main([*tiny("unet"), "--data", "f", *more])
+        assert stop.value.code == 130 and answer in capsys.readouterr().out
+    assert Path("run/last.pt").exists() and not Path("run.prev").exists()
+
+def test_two_files_of_one_stem(here, refuse):
+    """Which of them belongs to the mask?"""
+    write_folder("f", 12)
+    Path("f/images/004.png").write_bytes(Path("f/images/003.jpg").read_bytes())
+    assert "'004' wanted once in images/ and once in masks/" in refuse("unet", *tiny("unet"), "--data", "f")
