@@ -79,7 +79,7 @@ TITLES = {"miou": "test mIoU", "train_miou": "training mIoU", "val_miou": "valid
           "dice": "Dice", "f1": "F1", "cat_miou": "cats mIoU", "memory_gb": "GB",
           "dog_miou": "dogs mIoU", "multiply_adds": "multiply-adds",
           "images_per_second": "images/s in training"}
-USUAL = ["lr", "train_miou", "val_miou", "miou", "accuracy", "dice", "D1_dice", "D1_iou"]
+USUAL = ["lr", "train_miou", "val_miou", "miou", "accuracy", "D1_dice", "D1_iou"]
 
 def fail(message):
     """Bad input: one line on stderr that says what to do, exit code 2."""
@@ -355,7 +355,8 @@ def markdown(records, experiment):
                      map(len, groups.values())) < seeds else "") if seeds > 1 else "one seed")
              + ("; drawn pictures, so these are toy scores" if first["data"] == "toy" else "")
              + f". {NOTES[experiment]}", "", "| | " + " | ".join(
-                 TITLES.get(column, column.replace("_", " ")) for column in columns)
+                 TITLES.get(column, column.replace("_", " ").replace("iou", "IoU"))
+                 for column in columns)
              + " | published |", "|---" * (len(columns) + 2) + "|"]
     for label, group in groups.items():
         values = [cell([record.get(column) for record in group.values()]) for column in columns]
@@ -374,10 +375,11 @@ def markdown(records, experiment):
 # --- page -----------------------------------------------------------------------------------------
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
-body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}
+body{font:15px/1.5 sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;
 border-bottom:1px solid #ddd}
 td:first-child,td:last-child,th:last-child{text-align:left}
+td:not(:last-child){white-space:nowrap}
 svg{max-width:760px;display:block;margin:1em 0}
 svg text{font:12px sans-serif}svg .t{font-weight:bold}.g{stroke:#eee}img{max-width:340px}
 figure{display:inline-block;margin:.5em;vertical-align:top}pre{overflow:auto;background:#f6f6f6}"""

@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0, help="moves weights, order, augmentation")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 if it is fast")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="pays in long runs")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="for long runs")
     add("--resume", action="store_true", help="continue the run in --out, with the same flags")
     add("--out", default="checkpoints/pretrain", help="the run's folder; an older run is kept once")
     return p.parse_args(argv)
