@@ -570,7 +570,7 @@ def evaluate(args):
                                ("as published", PUBLISHED[1])):
             if set(columns.values()) <= group[0][1].keys():
                 table(title, columns, group, lambda s, column: s[columns[column]])
-    print("\npictures overlay.png and curves.png beside each program"
+    print(f"\npictures overlay{kind}.png and curves.png beside each program"
           + (f", scores in {args.json}" if args.json else ""))
 
 def main(argv=None):

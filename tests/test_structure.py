@@ -138,7 +138,7 @@ def test_most_of_it_is_the_lesson(name):
     assert share >= 0.40, f"{share:.2f}"
 
 @pytest.mark.parametrize("file, allowed", (("requirements.txt", {"torch", "torchvision", "numpy", "pillow"}),
-                                           ("tests/requirements.txt", {"pytest", "scikit-learn", "torchmetrics"})))
+                                           ("tests/requirements.txt", {"pytest", "pytest-xdist", "scikit-learn", "torchmetrics"})))
 def test_requirements(file, allowed):
     words = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
     assert {re.split(r"[<>=~ ]", word)[0].lower() for word in words if word} == allowed
