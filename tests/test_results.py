@@ -90,6 +90,13 @@ def sentences():
             ours, theirs = (f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for v in (row["ours"], row["theirs"]))
             yield "README.md", (f"| {name}: {title} | {ours} | {theirs} {row['unit']} | {row['ratio']:.2f} "
                                 f"({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}) |")
+        if name == "source" and "256" in title:
+            limits = row["matrix_gflops"]
+            yield "README.md", (f"trains at {row['ours'] * row['gflop_per_image']:.0f} GFLOP/s, where a large bfloat16 matrix product "
+                                f"reaches {limits[0]:.0f}; the other way has {row['theirs'] * row['gflop_per_image']:.0f} of {limits[1]:.0f} in float32")
+        if name == "folder" and title == "100,000 files":
+            yield "README.md", (f"at {row['files_per_second']:,.0f} files a second with {row['mib']:.0f} MiB more memory than before, and "
+                                f"opened again in {row['again']:.1f} s")
         if name == "ladder":
             yield "README.md", f"| {title} | {row['images_per_second']:.0f} | {row['mib']:,.0f} MiB |"
         if name == "growth":
