@@ -2,8 +2,7 @@
 
 WHAT IT DOES    Photos (B, 3, H, W) go in, the same photos come out, and on the way each patch of
   4 x 4 pixels is one of 512 codes: (B, H/4, W/4) numbers of 9 bits stand for the photo. The loss is
-  the squared error and a commitment term (van den Oord et al. 2017, "Neural Discrete Representation
-  Learning").
+  the squared error and a commitment term (van den Oord et al. 2017, arXiv:1711.00937).
 YOU WILL LEARN
   - how a lookup that has no gradient is trained all the same -> Quantiser.forward
   - how a codebook learns without an optimiser -> Quantiser.follow
@@ -319,6 +318,7 @@ def code_colours(codes):
     return F.pad(axes / axes.abs().amax(0).clamp(min=1e-9) * 0.5 + 0.5, (0, 3 - axes.shape[1]))
 
 # --- unlabelled data ------------------------------------------------------------------------------
+
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W) 0 pet, 1 background, 2 border,
     both uint8, and breeds. Fur, ground and a ball share colours: shape tells pet from ball."""
