@@ -513,9 +513,10 @@ def experiment(args):
         list(dict.fromkeys(args.names))
     args.children, args.planned, args.stopped, out = [], [], False, Path(args.out)
     arms = {name: plan(name, args) for name in names}
-    ## The steps of the longer scratch arm follow from the photos that pre-training really had.
-    whole = [pretraining_of(args, a, 0) for a in sum(arms.values(), []) if a["pre"] == MASK][:1]
-    for result in map(finished, whole) if args.dry_run else run_all(args, whole):
+    ## The steps of the longer scratch arm follow from the photos that the first pre-training, of
+    ## all photos, really had.
+    first = [pretraining_of(args, a, 0) for a in sum(arms.values(), []) if a["pre"]]
+    for result in ([finished(c) for c in first] if args.dry_run else run_all(args, first))[:1]:
         args.photos = (result["photos"], args.photos[1]) if result else args.photos
     arms |= {name: plan(name, args) for name in names if name in ("labels", "pretraining")}
     every = [a for group in arms.values() for a in group]
