@@ -582,7 +582,7 @@ def main(argv=None):
     except AssertionError as e:                        # a program's: not made for such a batch
         fail(f"{str(e).splitlines()[0] if str(e) else 'a program fails'}; another --batch-size?")
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
-        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+        if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 

@@ -510,7 +510,7 @@ def finetune_vqvae(args, out):
     hint = "run python pretrain.py first, or give --init none"
     ## 1. The settings: widths come from the pre-trained network, the rest hangs on the data.
     source = {} if args.init == "none" else load_checkpoint(args.init, "pretrain.py", hint)
-    widths = {name: source.get("args", WIDTHS)[name] for name in WIDTHS}
+    vars(args).update(widths := {name: source.get("args", WIDTHS)[name] for name in WIDTHS})
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
     settle(args, 2 ** widths["downs"])
@@ -576,7 +576,7 @@ def finetune_vqvae(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history), "torch": torch.__version__}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = segmenter(to_float(val_images[:8].to(device))).detach()
+    logits = torch.no_grad()(segmenter)(to_float(val_images[:8].to(device)))
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
@@ -592,7 +592,7 @@ def main(argv=None):
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
-        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+        if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HELP, allow_abbrev=False)
     p.error = fail
     add = p.add_argument_group("data").add_argument
-    add("--data", default="auto", help="toy, catdog, pets, folders of photos, joined by +")
+    add("--data", default="auto", help="toy; or catdog, pets, folders, joined by +")
     add("--root", default="data", help="where the data sets lie or are downloaded to")
     add("--size", nargs="+", type=number(int, 8, 4096, "auto"), default="auto", help="side, or H W")
     add("--frac", type=number(float, 1e-6, 1), default=1.0, help="share of the training photos")
@@ -209,11 +209,11 @@ def join_ranks(args):
     if ranks > 1:
         if args.download or args.batch_size % ranks:
             fail(f"torchrun: no --download, and --batch-size a multiple of the {ranks} processes")
+        sys.excepthook = lambda kind, error, _: print(f"pretrain.py: error: rank {rank}: {error}; "
+            f"{kind.__name__}; finished epochs are kept for --resume", file=sys.stderr)
         if torch.cuda.is_available() and args.device in ("auto", "cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        sys.excepthook = lambda kind, error, _: print(f"pretrain.py: error: rank {rank}: {error}; "
-            f"{kind.__name__}; finished epochs are kept for --resume", file=sys.stderr)
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     return rank, ranks
 def progress(text):
@@ -235,7 +235,7 @@ def draw_masks(B, args, device, g=None):
     u = lambda *shape: torch.rand(*shape, generator=g, device=device)
     (H, W), (low, high), patch = args.size, args.mask, args.patch
     share = low + (high - low) * u(B)
-    if args.mask_style == "square":      # one square, as in the projects this one follows
+    if args.mask_style == "square":      # one, as large as fits, as in the projects before this
         side = (share * H * W).sqrt().clamp(max=min(H, W)).round()[:, None]            # (B, 1)
         y, x = (torch.arange(n, device=device) - (start * (n - side)).round()
                 for n, start in zip((H, W), u(2, B, 1)))                    # (B, H), (B, W)
@@ -306,10 +306,10 @@ def check(model, images, index, variance, args, amp=False):
     """The photos images[index] under masks that never change -> loss, squared error of the masked
     pixels, that of filling them with the mean colour (both / variance), perplexity, codes used."""
     device, sums = next(model.eval().parameters()).device, 0
-    g, use = torch.Generator(device).manual_seed(SPLIT_SEED), 0 * model.quantiser.counts
+    g, use = torch.Generator().manual_seed(SPLIT_SEED), 0 * model.quantiser.counts
     for part in index.split(min(64, 2**20 // math.prod(args.size) or 1)):
         x = to_float(images[part.to(images.device)].to(device))
-        keep = draw_masks(len(x), args, device, g)
+        keep = draw_masks(len(x), args, "cpu", g).to(device)     # the same on every device
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output, commitment, ids = model(torch.where(keep, x, FILL), keep)
         sums = sums + torch.stack([
@@ -366,8 +366,9 @@ def catdog_items(root, download):
                       zip(cifar.data, cifar.targets) if label in (3, 5)]
         for folder, (source, pattern, url) in ARCHIVES.items():
             if download and not (root / folder).is_dir():
-                utils.download_and_extract_archive(url, root, root / "unpacking")
-                os.replace(root / "unpacking" / folder, root / folder)       # whole or not at all
+                shutil.rmtree(part := root / "unpacking", ignore_errors=True)     # a cut archive
+                utils.download_and_extract_archive(url, part, part, remove_finished=True)
+                os.replace(part / folder, root / folder)       # whole or not at all
             found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
                       for file in sorted((root / folder).glob(pattern))]
     except Exception as error:
@@ -403,9 +404,8 @@ def decode_photos(items, size):
         bad, first, twins = {}, {}, []
     def read(i):
         try:
-            image = Image.fromarray(items[i]) if isinstance(items[i], np.ndarray) else \
-                Image.open(items[i])
-            with image:
+            source = Image.fromarray if isinstance(items[i], np.ndarray) else Image.open
+            with source(items[i]) as image:
                 image.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
                 image = image.point(lambda v: v / 256) if image.mode[0] == "I" else image   # 16 bit
                 x = ImageOps.exif_transpose(image).convert("RGB").resize(size[::-1], Image.BILINEAR)
@@ -530,7 +530,7 @@ def pretrain_vqvae(args, out):
     val, train = index[:held], index[held:][:round(args.frac * (len(index) - held)) or 1]
     full = device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
     images = images if full else images.to(device)
-    variance = (images[train[:2000].to(images.device)].float() / 255).var().item()
+    variance = (images[train[:min(2000, 2**25 // math.prod(args.size))]] / 255).var().item()
     print(f"data     {args.data}: train {len(train)}  val {len(val)}  {args.size} pixels  variance "
           f"{variance:.4f}" + ("  (drawn; real ones: --download)" if args.data == "toy" else ""))
     ## 3. The model. The baseline fills what is masked with the mean colour of what is visible.
@@ -576,8 +576,8 @@ def pretrain_vqvae(args, out):
               "photos": len(train), "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     x = to_float(images[val[:8].to(images.device)].to(device))
-    keep = draw_masks(len(x), args, device, torch.Generator(device).manual_seed(SPLIT_SEED))
-    output = model.eval()(seen := torch.where(keep, x, FILL))[0].detach()
+    keep = draw_masks(len(x), args, "cpu", torch.Generator().manual_seed(SPLIT_SEED)).to(device)
+    output = torch.no_grad()(model.eval())(seen := torch.where(keep, x, FILL))[0]
     draw_samples(out / "samples.png", *(p.clamp(0, 1).mul(255).byte() for p in (
         x, seen, torch.where(keep, x, output))))
     print("best     epoch {epoch}  masked {val_masked:.4f}, mean colour {val_mean_fill:.4f}  {0}  "
@@ -593,7 +593,7 @@ def main(argv=None):
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
-        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+        if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":

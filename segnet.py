@@ -6,7 +6,8 @@ YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
 RUN IT          python segnet.py                                      with --resume it goes on
   python segnet.py --pretrain && python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  Toy mIoU 0.724 (62 s), with --stages 5 mIoU 0.418; pets mIoU 0.703 (96 px); CPU.
-DIFFERS FROM THE PAPER  Smaller (its own: --stages 5 --width 64), AdamW, BCE + Dice, no VGG weights.
+DIFFERS FROM THE PAPER  Smaller (its own: --stages 5 --width 64), AdamW, BCE + Dice; no VGG weights,
+  no class weights, and the colours of the batch are normalised instead of local contrast.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -316,8 +317,8 @@ def pretrain(model, images, val, history, best, optimizer, args, amp):
     ready = load_checkpoint(Path(args.out, "best.pt"), Path(__file__).name, "retrain")
     model.load_state_dict(ready["model"])
     seen = hide(x := to_float(val[:8].to(device)))
-    draw_samples(Path(args.out, "samples.png"), *(picture.detach().clamp(0, 1).mul(255).byte()
-                                                  for picture in (x, seen, model.eval()(seen))))
+    pictures = x, seen, torch.no_grad()(model.eval())(seen)
+    draw_samples(Path(args.out, "samples.png"), *(p.clamp(0, 1).mul(255).byte() for p in pictures))
     print(f"best     epoch {best}  python segnet.py --init {args.out}/best.pt goes on from it")
 # --- labelled data --------------------------------------------------------------------------------
 def subset(breeds, share):
@@ -525,10 +526,9 @@ def train_segnet(args, out):
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
     args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))    # is saved
-    keep = subset(breeds, args.frac)[0]
     full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
-        images[keep], masks[keep], val_images, val_masks))
+        images[keep := subset(breeds, args.frac)[0]], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model.
@@ -577,7 +577,7 @@ def train_segnet(args, out):
               "train_masks": hashlib.sha256(masks.cpu().numpy().tobytes()).hexdigest()[:16],
               "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
-    logits = model(to_float(val_images[:8].to(device))).detach()
+    logits = torch.no_grad()(model)(to_float(val_images[:8].to(device)))
     hard = logits.argmax(1) if len(classes) > 1 else logits[:, 0] < 0           # 0 is orange
     draw_samples(out / "samples.png", val_images[:8], val_masks[:8] ^ (len(classes) == 1), hard)
     print(f"best     epoch {best}  accuracy {final['accuracy']:.4f}  mIoU {final['miou']:.4f}  "
@@ -593,7 +593,7 @@ def main(argv=None):
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
-        if not isinstance(e, RuntimeError) or "alloc" in str(e) or "out of mem" in str(e):
+        if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
             fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
         raise
 if __name__ == "__main__":

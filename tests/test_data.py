@@ -1,5 +1,5 @@
 """Toy pictures, pets, folders, the four collections, augmentation and the cache."""
-import os
+import os, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +330,7 @@ if "pretrain" in SCRIPTS:
 
     def test_download_fetches_what_lacks(tmp_path, monkeypatch):
         asked = []
-        def archive(url, _, root):
+        def archive(url, _, root, **__):
             asked.append(url)
             for i, kind in enumerate(("PetImages/Cat", "PetImages/Dog") if "kagglecats" in url else
                                      ("Images/n1-x", ) if "ImageNetDogs" in url else
@@ -342,7 +342,7 @@ if "pretrain" in SCRIPTS:
                             (asked.append("cifar"), write_cifar(self.root)))
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *_: Path(path).exists())
         monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-        def stopped(url, _, root):
+        def stopped(url, _, root, **__):
             archive(url, None, root)
             Path(root, "PetImages/Dog/0.jpg").unlink(missing_ok=True)
             if "kagglecats" in url:
@@ -357,6 +357,29 @@ if "pretrain" in SCRIPTS:
         assert len(asked) == 4 and len(taken) == 2 * 22
         photos("--data", "catdog", "--root", tmp_path / "new", "--download")
         assert len(asked) == 4                 # nothing is fetched twice
+
+    def test_a_download_that_was_cut_begins_again(tmp_path, monkeypatch, refuse):
+        """Torchvision takes any file of the right name for the archive, and so would go on failing."""
+        root, asked = tmp_path / "new", []
+        for folder in ("Images", "cats_and_dogs_filtered"):
+            (root / folder).mkdir(parents=True)
+        write_cifar(root)
+        with zipfile.ZipFile(tmp_path / "whole.zip", "w") as whole:
+            for i, kind in enumerate(("Cat", "Dog")):
+                drawn(i)[0].save(tmp_path / "0.jpg")
+                whole.write(tmp_path / "0.jpg", f"PetImages/{kind}/0.jpg")
+        content = (tmp_path / "whole.zip").read_bytes()
+        def retrieve(_, path, *__):
+            asked.append(path)
+            Path(path).write_bytes(content[:-30] if len(asked) == 1 else content)
+        monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
+        monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *_: Path(path).exists())
+        monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+        assert "not a zip file" in refuse("pretrain", "--data", "catdog", "--download", "--root", root)
+        _, taken = photos("--data", "catdog", "--root", root, "--download")
+        assert len(asked) == 2 and len(taken) == 2 * 21
+        assert (root / "PetImages/Cat/0.jpg").exists() and not [*root.rglob("*.zip")]
 
     def test_download_that_fails(refuse, monkeypatch, tmp_path):
         def broken(*_, **__):

@@ -99,7 +99,7 @@ def stubs(here, monkeypatch):
         value = 0.6 - abs(math.log10(lr / 1e-3)) / 10 + seed / 100 + (flag(command, "--init") != "none") / 20
         Path(command[-1], "result.json").write_text(json.dumps({
             "miou": value + 0.1, "val_miou": value, "total_seconds": 60.0, "images_per_second": 9.0, "memory_gb": None,
-            "photos": 22974, "args": {"size": [int(flag(command, "--size"))] * 2,
+            "photos": 22974, "args": {"data": flag(command, "--data"), "size": [int(flag(command, "--size"))] * 2,
                                       "epochs": int(flag(command, "--epochs")),
                                       "frac": float(flag(command, "--frac", 1))}}))
         return 0
@@ -141,6 +141,25 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     assert list(dict.fromkeys(r["experiment"] for r in records)) == ["labels", "pretraining", "imbalance"]
     assert "### labels" in Path("checkpoints/experiments/results.md").read_text()
+
+def test_results_of_what_is_skipped_stay(stubs, here):
+    (here / "disk/drive").mkdir(parents=True)
+    e.main(["retina", "--data", "toy", "--seeds", "1", "--root", "disk"])
+    e.main(["retina", "imbalance", "--data", "toy", "--seeds", "1", "--root", "elsewhere"])
+    records = json.loads(Path("checkpoints/experiments/results.json").read_text())
+    assert {r["experiment"] for r in records} == {"retina", "imbalance"}
+
+def test_a_network_that_finds_nothing_has_a_score(stubs, monkeypatch):
+    """A validation score of 0 is not a loss that is not finite."""
+    good = e.run_child
+    def child(args, command, env, search):
+        code = good(args, command, env, search)
+        path = Path(command[-1], "result.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"val_miou": 0.0}))
+        return code
+    monkeypatch.setattr(e, "run_child", child)
+    e.main(["imbalance", "--data", "toy", "--seeds", "1"])
+    assert Path("checkpoints/experiments/results.json").exists()
 
 def test_a_rate_that_is_too_high_loses_the_search(stubs, monkeypatch, refuse):
     good = e.run_child
@@ -194,6 +213,11 @@ def test_dry_run(stubs, capsys):
     e.main(["labels", "--data", "pets", "--seeds", "1"])
     e.main(["labels", "--data", "pets", "--seeds", "2", "--dry-run"])
     assert re.search(r"11 runs, about \d+ min", capsys.readouterr().out)
+    Path("data/puzzle").mkdir(parents=True)             # U-Net on pets says nothing of ten photos
+    e.main(["models", "--data", "pets", "--seeds", "1"])
+    capsys.readouterr()
+    e.main(["puzzle", "--data", "pets", "--seeds", "1", "--dry-run"])
+    assert "unknown length" in capsys.readouterr().out
 
 def test_a_child_that_fails_is_named(stubs, monkeypatch, refuse):
     def broken(args, command, env, search):
@@ -222,6 +246,7 @@ def test_bad_input(refuse, here):
     assert "everything" in refuse("experiments", "everything")
     assert "--seeds" in refuse("experiments", "quick", "--seeds", "0")
     assert "drawn pets" in refuse("experiments", "quick", "camvid")
+    assert "multiple of 32" in refuse("experiments", "labels", "models", "--data", "pets", "--size", "100")
     assert "drawn pets" in refuse("experiments", "quick", "--data", "pets")
     Path("r.json").write_text("[1, 2]")
     assert "r.json" in refuse("experiments", "--table", "r.json")
@@ -243,9 +268,12 @@ def test_differences_stand_below_the_table():
     assert [line for line in e.markdown(records, "labels").splitlines() if line.startswith("- ")] == [
         "- pre-trained, 10 %: test mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
         "- pre-trained, 10 %: test mIoU -0.0300 against scratch, as long, 10 %, seed by seed."]
-    records = [record(arm, 0, miou, "pretraining") for arm, miou in (("all", 0.5), ("half", 0.625), ("none", 0.25))]
+    records = [record(arm, 0, miou, "pretraining") for arm, miou in (("all", 0.5), ("half", 0.625), ("none", 0.25), ("none, as long", 0.75))]
     assert [line for line in e.markdown(records, "pretraining").splitlines() if line.startswith("- ")] == [
-        "- all: test mIoU +0.2500 against none, seed by seed.", "- half: test mIoU +0.3750 against none, seed by seed."]
+        "- all: test mIoU +0.2500 against none, seed by seed.", "- all: test mIoU -0.2500 against none, as long, seed by seed.",
+        "- half: test mIoU +0.3750 against none, seed by seed.", "- half: test mIoU -0.1250 against none, as long, seed by seed.",
+        "- none: test mIoU -0.5000 against none, as long, seed by seed.",
+        "- none, as long: test mIoU +0.5000 against none, seed by seed."]
 
 # --- statistics -------------------------------------------------------------------------------------
 

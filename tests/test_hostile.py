@@ -306,11 +306,14 @@ def test_little_memory(name, here):
                           limits={resource.RLIMIT_AS: 6 * 2**30}, timeout=300)
     assert code == 2 and "memory" in err and "--batch-size" in err, (code, err)
 
+@pytest.mark.parametrize("error", (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")))
 @each
-def test_a_graphics_card_that_runs_out_of_memory(name, here, refuse, monkeypatch):
+def test_a_graphics_card_that_runs_out_of_memory(name, error, here, refuse, monkeypatch):
     write_folder("f", 12)
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        raise error
     monkeypatch.setattr(torch.Tensor, "backward", full)
     assert "--batch-size" in refuse(name, *tiny(name), "--data", "f" if name in SEGMENTERS else "f/images")
 

@@ -79,6 +79,31 @@ def test_other_arguments_are_named(name, argv, refuse):
     assert "--lr" in line and "0.02" in line and "--epochs" in line and "--seed" not in line
     assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
 
+def test_resume_after_another_pretraining(argv, refuse):
+    """The widths come from --init: another network there is named, and last.pt is not to blame."""
+    before = ["--data", "photos/images", *SMALL["pretrain"], "--epochs", "1", "--out", "pre"]
+    load("pretrain").main(before)
+    flags = argv("finetune", "--out", "run", "--epochs", "1", "--init", "pre/best.pt")
+    load("finetune").main(flags)
+    load("pretrain").main([*before, "--width", "64"])
+    line = refuse("finetune", *flags, "--resume")
+    assert "--width 64 (was 128)" in line and "last.pt" not in line
+
+@each
+def test_the_pictures_need_no_gradients(name, argv, monkeypatch):
+    """Eight photos whose maps are kept for a backward can take more memory than the training."""
+    m, grads = load(name), []
+    def watch(*args, **kwargs):
+        grads.append(torch.is_grad_enabled())
+        return drawn(*args, **kwargs)
+    drawn = torch.nn.functional.conv2d
+    def pictures(*args, **kwargs):
+        assert grads and not grads[-1]
+    monkeypatch.setattr(m, "draw_samples", pictures)
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: watch(
+        x, weight, bias, self.stride, self.padding, self.dilation, self.groups))
+    m.main(argv(name, "--out", "run", "--epochs", "1"))
+
 @each
 def test_resume_with_other_photos_is_refused(name, argv, refuse, here):
     """Another training set would be split anew, and photos of training would stand in validation."""
