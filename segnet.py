@@ -6,8 +6,7 @@ YOU WILL LEARN  - un-pooling with indices, the whole of the idea -> SegNet
 RUN IT          python segnet.py                                      with --resume it goes on
   python segnet.py --pretrain && python segnet.py --init checkpoints/segnet_pretrain/best.pt
 WHAT TO EXPECT  Toy mIoU 0.724 (62 s), with --stages 5 mIoU 0.418; pets mIoU 0.703 (96 px); CPU.
-DIFFERS FROM THE PAPER  Smaller (its own: --stages 5 --width 64), AdamW, BCE + Dice; no VGG weights,
-  no class weights, and the colours of the batch are normalised instead of local contrast.
+DIFFERS FROM THE PAPER  Its own: --stages 5 --width 64. AdamW, BCE + Dice, no VGG or class weights.
 """
 import argparse, copy, hashlib, json, math, os, shutil, signal, sys, time
 from collections import Counter
@@ -95,7 +94,7 @@ class SegNet(nn.Module):
     def __init__(self, classes, width=64, stages=5):
         super().__init__()
         widths, depths = [3] + [width * k for k in (1, 2, 4, 8, 8)[:stages]], (2, 2, 3, 3, 3)
-        self.normalise = nn.BatchNorm2d(3, affine=False)      # of the batch's colours
+        self.normalise = nn.BatchNorm2d(3, affine=False)    # of colours; paper: local contrast
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for a, b, depth in zip(widths, widths[1:], depths):
             self.encoder.append(nn.Sequential(conv_bn(a, b), *[
@@ -526,9 +525,10 @@ def train_segnet(args, out):
     (images, masks, breeds, classes), (val_images, val_masks, _, more) = (
         load(args.data, args.root, part, args.size, args.ignore) for part in ("train", "val"))
     args.photos, args.classes = len(breeds), (classes := max(classes, more, key=len))    # is saved
+    keep = subset(breeds, args.frac)[0]
     full = device.type == "cuda" and images.nbytes > 0.4 * torch.cuda.mem_get_info(device)[0]
     images, masks, val_images, val_masks = (t.to("cpu" if full else device) for t in (
-        images[keep := subset(breeds, args.frac)[0]], masks[keep], val_images, val_masks))
+        images[keep], masks[keep], val_images, val_masks))
     print(f"data     {args.data}: train {len(images)}  val {len(val_images)}  {args.size} pixels"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model.
