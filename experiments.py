@@ -367,7 +367,7 @@ def markdown(records, experiment):
     for label, group in groups.items():                # each arm beside its controls
         for other in REFERENCE.get(experiment) or [
                 label.replace("pre-trained", kind) for kind in ("scratch", "scratch, as long")]:
-            if other in groups and other != label:
+            if other in groups and label not in (other, REFERENCE.get(experiment, [other])[0]):
                 mean, std = paired(group, groups[other], key)
                 lines.append(f"- {label}: {TITLES[key]} {mean:+.4f}" + (
                     f" ± {std:.4f}" if std else "") + f" against {other}, seed by seed.")
