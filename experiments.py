@@ -364,10 +364,11 @@ def markdown(records, experiment):
         lines.append(f"| {label} | " + " | ".join(values) + f" | {published.get(label, '')} |")
     lines.append("")
     key = "cat_miou" if experiment == "imbalance" else "miou"
+    controls = REFERENCE.get(experiment, [])
     for label, group in groups.items():                # each arm beside its controls
-        for other in REFERENCE.get(experiment) or [
+        for other in controls or [
                 label.replace("pre-trained", kind) for kind in ("scratch", "scratch, as long")]:
-            if other in groups and label not in (other, REFERENCE.get(experiment, [other])[0]):
+            if other in groups and label not in (other, *controls[:1]):
                 mean, std = paired(group, groups[other], key)
                 lines.append(f"- {label}: {TITLES[key]} {mean:+.4f}" + (
                     f" ± {std:.4f}" if std else "") + f" against {other}, seed by seed.")
@@ -511,10 +512,10 @@ def experiment(args):
     for name, value in PROTOCOL[args.data].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
-    if args.size % 32 and {"blur", "models", "all", "quick"} & {*args.names}:
-        fail(f"--size {args.size}: the networks of blur and models want a multiple of 32")
     names = GRIDS[:6] if "quick" in args.names else GRIDS if "all" in args.names else \
         list(dict.fromkeys(args.names))
+    if args.size % 32 and {"blur", "models"} & {*names}:
+        fail(f"--size {args.size}: the networks of blur and models want a multiple of 32")
     args.children, args.planned, args.stopped, out = [], [], False, Path(args.out)
     arms = {name: plan(name, args) for name in names}
     ## The steps of the longer scratch arm follow from the photos that the first pre-training, of

@@ -45,6 +45,15 @@ def sentences():
         for line in load("experiments").markdown(grids, name).splitlines():
             if line[:2] in ("| ", "- "):
                 yield "README.md", line
+    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance")}
+    lead = lambda name, one, other, key="miou": 100 * abs(load("experiments").paired(arms[name][one], arms[name][other], key)[0])
+    gains = sorted(lead("labels", f"pre-trained, {share} %", f"scratch, {share} %") for share in (10, 25, 50, 100))
+    tenth, every = (lead("labels", f"pre-trained, {share} %", f"scratch, as long, {share} %") for share in (10, 100))
+    cats = lead("imbalance", "three cat breeds", "same number, all breeds", "cat_miou")
+    for text in (f"is {gains[0]:.1f} to {gains[-1]:.1f} points higher after it", f"beat that by {tenth:.1f} points (a tenth of "
+                 f"the labels) to {every:.1f} (all)", f"ahead in all four rows, by {gains[0]:.1f} to {gains[-1]:.1f} points",
+                 f"three cat breeds costs {cats:.1f} points on cats", f"The imbalance costs {cats:.1f} points on cats"):
+        yield "README.md", text
     for row in read("recipe")["rows"]:
         yield "README.md", (f"| {row['first_weights']} | {row['loss']} | {row['masks']} | {row['network']} | {row['pretrain_epochs']} | "
                             f"{row['take']} | {row['steps']:,} | {row['scratch']:.3f} | {row['pretrained']:.3f} |")
