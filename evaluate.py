@@ -151,11 +151,15 @@ def open_program(path, device):
     try:
         meta, archive = inspect_program(path)
         meta["size"] = [meta["size"]] * 2 if isinstance(meta["size"], int) else list(meta["size"])
-        meta["classes"] = [str(name) for name in meta["classes"]]
-        if not all(0 < side <= 4096 for side in meta["size"]) or len(meta["classes"]) > 256:
-            raise ValueError(f"size {meta['size']} and {len(meta['classes'])} classes are not sane")
-        if meta["ignore"] not in (None, *range(256)) or not isinstance(meta.get("args", {}), dict):
-            raise ValueError(f"ignore {meta['ignore']!r} or args {meta.get('args')} in meta.json")
+        names, args = meta["classes"], meta.get("args", {})
+        if not all(type(side) is int and 0 < side <= 4096 for side in meta["size"]):
+            raise ValueError(f"size {meta['size']} in meta.json")
+        if not (type(names) is list and 0 < len(names) == len({*names}) <= 256
+                and all(type(name) is str and name.isprintable() for name in names)):
+            raise ValueError(f"classes {names!r} in meta.json; wanted a list of different names")
+        if json.dumps(meta["ignore"]) not in ("null", *map(str, range(256))) or not (
+                type(args) is dict and {type(args.get(k, "")) for k in ("data", "root")} == {str}):
+            raise ValueError(f"ignore {meta['ignore']!r} or args {args!r} in meta.json")
         program = torch.export.load(archive)
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
@@ -252,7 +256,7 @@ def published_scores(counts, soft, names):
         out[f"{key}_dice"] = (2 * (i + 1e-5) / (p + t + 1e-5)).mean().item()
         out[f"{key}_iou"] = ((i + 1e-5) / (p + t - i + 1e-5)).mean().item()
     c = pooled(counts, 32).double()                    # D3: hard, macro, batches of 32
-    out["D3_dice"] = (2 * hit(c) / both(c)).nan_to_num(0).mean().item()
+    out["D3_dice"] = (2 * hit(c) / both(c)).nanmean(1).nanmean().nan_to_num(1).item()
     out["D3_iou"] = ((hit(c) + 1e-6) / (both(c) - hit(c) + 1e-6)).mean().item()
     right = counts.diagonal(dim1=1, dim2=2).sum(1)     # D4: mean accuracy of the images
     out["D4_accuracy"] = ratio(right, counts.sum((1, 2))).nanmean().item()
@@ -264,8 +268,9 @@ def published_scores(counts, soft, names):
     out["D6_iou"] = ((i + 1e-6) / (p + t - i + 1e-6)).mean().item()
     present = counts.sum(2)[:, -n:] > 0                # D7: classes in the truth, batches of 8
     dice = (2 * hit(counts).double() / both(counts)).nan_to_num(0) * present
-    each = dice.sum(1) / present.sum(1).clamp(min=1)
-    out["D7_dice"] = torch.stack([part.mean() for part in each.split(8)]).mean().item()
+    each = dice.sum(1) / present.sum(1)                # nan of a photo without any: left out
+    each = torch.stack([part.nanmean() for part in each.split(8)])
+    out["D7_dice"] = each.nanmean().nan_to_num(1).item()
     return out
 
 def pick_device(name, amp):
@@ -273,8 +278,8 @@ def pick_device(name, amp):
     there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.empty(1, device=there if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    except Exception as error:                         # each backend has its own
+        fail(f"--device {name}: not here ({str(error).splitlines()[0]:.99}); try --device cpu")
     if device.type == "cuda":
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -290,7 +295,7 @@ def subset(breeds, share):
     """Indices of a seeded share of each breed, at least one, and of the rest; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # list 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
 
@@ -360,7 +365,7 @@ def read_pair(pair, size):
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             full = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
             if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != full:
-                raise OSError(f"not 8 bits, one size: {photo.mode} {full}, {mask.mode} {mask.size}")
+                raise OSError(f"wrong mode or size: {photo.mode} {full}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
             return np.dstack([rgb, mask.resize(size[::-1], Image.NEAREST)]).transpose(2, 0, 1)
@@ -386,7 +391,7 @@ def decode(pairs, size):
 
 def load_split(data, root, part, size, ignore):
     """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
-    if data == "toy":
+    if data == "toy" and (ignore in (None, IGNORE) or fail("--ignore: not for drawn pets")):
         images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
         keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]
         return images[keep], masks[keep], [breeds[i] for i in keep], PETS
@@ -426,7 +431,7 @@ COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])      # p
 
 def draw_overlay(path, images, masks, hard, binary):
     """Photo, truth over it and prediction over it for N photos, a row each, what is looked for in
-    orange (label 0, or 1 if there is only one class); wrong pixels in red."""
+    orange (label 0, or 1 of two); wrong pixels in red."""
     photo = images.movedim(1, -1).float()                                    # (N, H, W, 3)
     over = [(photo + COLOURS[torch.where(m < 2, m ^ int(binary), m).long()]) / 2
             for m in (masks, hard)]
@@ -514,11 +519,13 @@ def evaluate(args):
     if not paths:
         fail("no finished run under checkpoints/; train one first: python pretrain.py and then "
              "python finetune.py")
+    if args.json and Path(args.json).is_dir():
+        fail(f"--json {args.json}: a folder; wanted a file")
     device, _ = pick_device(args.device, False)
     print(f"evaluate.py  torch {torch.__version__}  {device}  {args.split}  blur {args.blur:g} %")
     programs = [(path, *open_program(path, device)) for path in paths]
     ## 2. Each on its data; photos that several share are read once.
-    sets, records = {}, []
+    sets, records, pictures = {}, [], []
     for path, segment, meta in programs:
         trained = meta.get("args", {})
         data = args.data or trained.get("data") or fail(f"{path}: names no data; give --data")
@@ -531,7 +538,7 @@ def evaluate(args):
         images, masks, breeds, names, group, constants = sets[key]
         if len(names) > C or (names == PETS) != (meta["classes"] == PETS):
             fail(f"{path}: its classes are {', '.join(meta['classes'])}, those of {data} are "
-                 f"{', '.join(names)}")
+                 f"{', '.join(names)}; each must occur in the photos that it is trained on")
         hard, counts, soft, seconds = run_program(segment, images, masks, C, args.batch_size,
                                                   device)
         records.append({
@@ -547,19 +554,11 @@ def evaluate(args):
                 constant[:, :, label] = counts.sum(2)
                 constants.append((f"all {name}", all_scores(
                     constant, soft * torch.nan, meta["classes"], breeds, args.as_published)))
-        ## 3. Pictures beside the program: a few answers, and the curves of the training.
         some = torch.linspace(0, len(images) - 1, min(6, len(images))).long()
-        stem = "" if path.name == "model.pt2" else f"{path.stem}-"
-        kind = "-val" * (args.split == "val") + f"-blur{args.blur:g}" * (args.blur > 0)
-        draw_overlay(path.with_name(f"{stem}overlay{kind}.png"), images[some], masks[some],
-                     hard[some], C == 1)
-        log = path.with_name("log.jsonl")
-        if path.name == "model.pt2" and log.exists():
-            draw_curves(path.with_name("curves.png"),
-                        [json.loads(line) for line in log.read_text().splitlines()])
+        pictures.append((path, images[some], masks[some], hard[some], C <= 2))
     if args.json:
         save(Path(args.json), lambda file: file.write_text(json.dumps(records, indent=1)))
-    ## 4. Tables: all classes, each class, and for pets the conventions and the species.
+    ## 3. Tables: all classes, each class, and for pets the conventions and the species.
     for (data, _, H, W, *_), (images, _, _, _, group, constants) in sets.items():
         group += constants
         print(f"\n{data}, {args.split}: {len(images)} photos at {H}x{W}"
@@ -570,8 +569,19 @@ def evaluate(args):
                                ("as published", PUBLISHED[1])):
             if set(columns.values()) <= group[0][1].keys():
                 table(title, columns, group, lambda s, column: s[columns[column]])
-    print(f"\npictures overlay{kind}.png and curves.png beside each program"
-          + (f", scores in {args.json}" if args.json else ""))
+    print(f"\nscores   {args.json}" if args.json else "")
+    ## 4. Pictures beside each program: a few answers, and the curves of its training.
+    kind = "-val" * (args.split == "val") + f"-blur{args.blur:g}" * (args.blur > 0)
+    for path, *some in pictures:
+        stem = "" if path.name == "model.pt2" else f"{path.stem}-"
+        draw_overlay(picture := path.with_name(f"{stem}overlay{kind}.png"), *some)
+        print(f"picture  {picture}")
+        curves, log = path.with_name("curves.png"), path.with_name("log.jsonl")
+        if path.name == "model.pt2" and log.exists():
+            try:
+                draw_curves(curves, [json.loads(row) for row in log.read_text().splitlines()])
+            except (KeyError, TypeError, ValueError):
+                print(f"note     {log}: no curves, as its rows are not those of our scripts")
 
 def main(argv=None):
     """evaluate, with one line in the place of a traceback where the machine gives out."""

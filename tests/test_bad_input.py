@@ -53,6 +53,18 @@ def test_flag_of_finetune(flags, refuse):
 def test_flag_of_evaluate(flags, refuse):
     assert flags[0] in refuse("evaluate", *flags)
 
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_nothing_of_drawn_pets_is_ignored(name, refuse):
+    assert "--ignore" in refuse(name, *quick(name), "--data", "toy", "--ignore", "2")
+
+@pytest.mark.parametrize("name", (*TRAINING, "evaluate"))
+def test_a_device_of_others(name, files, refuse):
+    """Its module is missing, which is another error than that of a name that is no device."""
+    write(files)
+    flags = ["bad.pt2"] if name == "evaluate" else quick(name)
+    line = refuse(name, *flags, "--device", "hpu")
+    assert "--device hpu" in line and "--device cpu" in line and len(line) < 250
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_device_that_is_not_there(name, refuse):
@@ -387,6 +399,14 @@ ATTACKS = {        # what is in the archive, and what the message must name
     "meta that is no JSON": lambda f: (f | {member(f, "meta.json"): "{"}, ""),
     "a size of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(size="big")), ""),
     "a label of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=300)), "300"),
+    "a label that is no number": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=True)), "ignore"),
+    "a label with a point": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=1.0)), "ignore"),
+    "two classes of one name": lambda f: (change(f, "meta.json", lambda m: m.update(classes=list("aab"))), "names"),
+    "a name that moves the cursor": lambda f: (
+        change(f, "meta.json", lambda m: m.update(classes=["a", "b", "\x1b[2J"])), "names"),
+    "classes in one word": lambda f: (change(f, "meta.json", lambda m: m.update(classes="abc")), "names"),
+    "data that are a number": lambda f: (change(f, "meta.json", lambda m: m.update(args={"data": 5})), "args"),
+    "a root that is a number": lambda f: (change(f, "meta.json", lambda m: m.update(args={"root": 5})), "args"),
     "arguments of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(args=None)), "args"),
     "a negative size": lambda f: (change(f, "meta.json", lambda m: m.update(size=-16)), ""),
     "a huge size": lambda f: (change(f, "meta.json", lambda m: m.update(size=10**7)), ""),
@@ -564,6 +584,31 @@ def test_classes_that_do_not_fit(files, refuse, parted):
 def test_a_binary_program_on_three_classes(files, refuse):
     write(change(files, "meta.json", lambda m: m.update(classes=["a", "b", "c"])))
     assert "classes" in refuse("evaluate", "bad.pt2", "--data", "toy")
+
+@pytest.mark.parametrize("log", ('{"epoch": 1, "train_loss": 0.5}', "", '{"epoch": 1', "[3]"))
+def test_a_log_of_somebody_else(log, files, here, capsys):
+    """A program of one's own, with a log of one's own beside it: scores, pictures, no curves."""
+    Path("run").mkdir()
+    write(files, "run/model.pt2")
+    Path("run/log.jsonl").write_text(log)
+    load("evaluate").main(["run", "--data", "toy"])
+    assert "no curves" in capsys.readouterr().out and Path("run/overlay.png").exists()
+    assert not Path("run/curves.png").exists()
+
+def test_a_folder_in_the_place_of_the_scores(files, refuse, monkeypatch):
+    write(files)
+    monkeypatch.setattr(load("evaluate"), "run_program", None)             # it ends before
+    assert "--json ." in refuse("evaluate", "bad.pt2", "--data", "toy", "--json", ".")
+
+def test_pictures_that_cannot_be_written(files, here, capsys):
+    """The scores stand on the terminal and in the file all the same."""
+    write(files)
+    Path("bad-overlay.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        score("--json", "s.json")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "bad-overlay.png" in err and "all background" in out
+    assert json.loads(Path("s.json").read_text())[0]["scores"]["miou"] > 0
 
 def test_scores_that_cannot_be_written(files, refuse):
     write(files)

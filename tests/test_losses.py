@@ -325,10 +325,21 @@ def test_d7(C, names):
         present = [c for c in ([1] if C == 1 else range(C)) if c in truth]
         each = [2 * sum(t == g == c for t, g in zip(truth, guess)) / (truth.count(c) + guess.count(c))
                 for c in present]
-        images.append(sum(each) / len(each) if each else 0.0)
+        images += [sum(each) / len(each)] if each else [math.nan]          # a photo of nothing: left out
     batches = [images[i:i + 8] for i in range(0, len(images), 8)]
+    batches = [[value for value in batch if value == value] for batch in batches]
     want = sum(sum(b) / len(b) for b in batches) / len(batches)
     assert published(logits, masks, names)["D7_dice"] == pytest.approx(want, abs=1e-6)     # float32
+
+def test_classes_that_are_absent_lower_nothing():
+    """A perfect answer without borders, and two photos, one without a pet: Dice is 1 in D3 and D7."""
+    masks = torch.ones(2, 4, 4).byte()
+    masks[0, :2] = 0
+    logits = F.one_hot(masks.long(), 3).movedim(-1, 1) * 9.0
+    got = published(logits, masks, PETS)
+    assert got["D3_dice"] == got["D7_dice"] == got["D3_iou"] == 1
+    pet = published(4.5 - logits[:, 1:2], 1 - masks, ["pet"])
+    assert pet["D7_dice"] == 1
 
 def test_published_scores_are_finite_for_constant_answers():
     logits, masks = torch.zeros(9, 3, 4, 4), torch.full((9, 4, 4), 1).byte()
