@@ -115,7 +115,7 @@ class Quantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)         # (N, D), N = B H W
             weight = torch.ones_like(flat[:, 0]) if keep is None else keep.reshape(-1).float()
-            if self.training:             # every rank learns from the vectors of all of them
+            if self.training:             # every process learns from the vectors of all
                 joined, weights = over_ranks(flat.detach()), over_ranks(weight)
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
@@ -132,17 +132,17 @@ class Quantiser(nn.Module):
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
     def revive(self, flat, weight):
-        """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
-        count. At first no code is in use, so this also starts the codebook from data."""
+        """A code that is nearest to no vector would never move again: so codebooks collapse. Such a
+        code goes to a random vector, with the usual count; at first all do, a start from data."""
         usual = weight.sum() / len(self.codes)
         place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # unmasked
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
-        dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
+        dead = self.counts < 0.1 * usual                      # tuned; 0.9^22 = 0.1: 22 steps unused
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
     def follow(self, flat, ids, weight):
         """Count and sum of each code's vectors decay and take in this batch, code = sum / count
-        (eq. 6 to 8); so the old sum is code x count."""
+        (eq. 6 to 8); the sum is not stored: it is code x count."""
         counts = torch.zeros_like(self.counts).index_add_(0, ids, weight)
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
@@ -161,11 +161,11 @@ class VQVAE(nn.Module):
         for a, b in zip(widths, widths[1:]):
             down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]       # halves H and W
             up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), nn.ReLU()] + up
-        think = lambda: [Residual(width, residual_width) for _ in range(residual_blocks)]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(width, width, 3, padding=1), *think(),
+        blocks = lambda: [Residual(width, residual_width) for _ in range(residual_blocks)]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, width, 3, padding=1), *blocks(),
                                      nn.ReLU(), nn.Conv2d(width, D, 1))
         self.quantiser = Quantiser(K, D)
-        self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
+        self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *blocks(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         ## No layer normalises: plain convolutions get He's weights (2015); those zeroed keep 0.
@@ -243,7 +243,7 @@ def confusion(logits, masks):
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(C, C)
 def scores(counts, classes):
-    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), means over classes in either; 1 if none is."""
+    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), means over the classes that occur, or 1."""
     both, total = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
     iou = (both / (total - both))[-classes:]                            # nan where total = 0
     means = torch.stack([iou, 2 * iou / (1 + iou)]).nanmean(1).nan_to_num(1)
@@ -258,8 +258,8 @@ def pick_device(name, amp):
     there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.empty(1, device=there if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    except Exception as error:                         # each backend has its own
+        fail(f"--device {name}: not here ({str(error).splitlines()[0]:.99}); try --device cpu")
     if device.type == "cuda":
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -274,8 +274,8 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # drawn there: a copy waits
-    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # copying would wait
+    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # cut out
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
     grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False)
@@ -307,8 +307,8 @@ def finetune_epoch(model, images, masks, losses, optimizer, args, epoch, amp):
         total, counts = total + loss.detach(), counts + confusion(logits.detach(), y)
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
-                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
-                     f"epoch is kept; try --lr {args.lr / 3:.0e}")
+                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
+                     f"epochs are kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, counts.cpu(), speed
@@ -328,7 +328,7 @@ def subset(breeds, share):
     """Indices of a seeded share of each breed, at least one, and of the rest; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # list 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
 def draw_toy(n, size, seed):
@@ -394,7 +394,7 @@ def read_pair(pair, size):
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             full = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
             if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != full:
-                raise OSError(f"not 8 bits, one size: {photo.mode} {full}, {mask.mode} {mask.size}")
+                raise OSError(f"wrong mode or size: {photo.mode} {full}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
             return np.dstack([rgb, mask.resize(size[::-1], Image.NEAREST)]).transpose(2, 0, 1)
@@ -418,7 +418,7 @@ def decode(pairs, size):
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
     """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
-    if data == "toy":
+    if data == "toy" and (ignore in (None, IGNORE) or fail("--ignore: not for drawn pets")):
         images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
         keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]
         return images[keep], masks[keep], [breeds[i] for i in keep], PETS
@@ -588,12 +588,12 @@ def main(argv=None):
     try:
         finetune_vqvae(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
+        kept = any(args.resume or f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
         if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
-            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size or --size")
         raise
 if __name__ == "__main__":
     main()

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed as dist, nn
 # --- knobs ----------------------------------------------------------------------------------------
-AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},    # any other data:
-        "folder": {"size": [128], "epochs": 20, "batch_size": 32, "lr": 1e-3}}
+AUTO = {"toy": {"size": [64], "epochs": 6, "batch_size": 32, "lr": 1e-3},
+        "folder": {"size": [128], "epochs": 20, "batch_size": 32, "lr": 1e-3}}    # any other data
 DECAY = 0.9                      # of the codebook's averages; 0.99 in Sonnet, see README
 COMMITMENT = 0.25                # weight of the commitment loss, as in the paper
 FILL = 0.5                       # grey, in the place of what is masked
@@ -114,7 +114,7 @@ class Quantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # in bf16 near codes would be mixed up
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)         # (N, D), N = B H W
             weight = torch.ones_like(flat[:, 0]) if keep is None else keep.reshape(-1).float()
-            if self.training:             # every rank learns from the vectors of all of them
+            if self.training:             # every process learns from the vectors of all
                 joined, weights = over_ranks(flat.detach()), over_ranks(weight)
                 self.revive(joined, weights)
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
@@ -131,17 +131,17 @@ class Quantiser(nn.Module):
             q = flat + (q - flat).detach()
         return q.view(B, H, W, D).permute(0, 3, 1, 2), commitment, ids.view(B, H, W)
     def revive(self, flat, weight):
-        """Move codes that hardly any vector uses onto random vectors of the batch, with the usual
-        count. At first no code is in use, so this also starts the codebook from data."""
+        """A code that is nearest to no vector would never move again: so codebooks collapse. Such a
+        code goes to a random vector, with the usual count; at first all do, a start from data."""
         usual = weight.sum() / len(self.codes)
         place = torch.rand(len(self.codes), device=flat.device) * weight.sum()   # unmasked
         row = torch.searchsorted(weight.cumsum(0), place, right=True).clamp(max=len(flat) - 1)
-        dead = self.counts < 0.1 * usual                      # tuned: a tenth of the usual count
+        dead = self.counts < 0.1 * usual                      # tuned; 0.9^22 = 0.1: 22 steps unused
         self.codes.copy_(torch.where(dead[:, None], flat[row], self.codes))
         self.counts.copy_(torch.where(dead, usual, self.counts))
     def follow(self, flat, ids, weight):
         """Count and sum of each code's vectors decay and take in this batch, code = sum / count
-        (eq. 6 to 8); so the old sum is code x count."""
+        (eq. 6 to 8); the sum is not stored: it is code x count."""
         counts = torch.zeros_like(self.counts).index_add_(0, ids, weight)
         sums = torch.zeros_like(self.codes).index_add_(0, ids, flat * weight[:, None])
         sums = DECAY * self.codes * self.counts[:, None] + (1 - DECAY) * sums
@@ -160,11 +160,11 @@ class VQVAE(nn.Module):
         for a, b in zip(widths, widths[1:]):
             down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]       # halves H and W
             up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), nn.ReLU()] + up
-        think = lambda: [Residual(width, residual_width) for _ in range(residual_blocks)]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(width, width, 3, padding=1), *think(),
+        blocks = lambda: [Residual(width, residual_width) for _ in range(residual_blocks)]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, width, 3, padding=1), *blocks(),
                                      nn.ReLU(), nn.Conv2d(width, D, 1))
         self.quantiser = Quantiser(K, D)
-        self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *think(), nn.ReLU(),
+        self.decoder = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), *blocks(), nn.ReLU(),
                                      *up[:-2])                # the last step up is the head
         self.head = nn.ConvTranspose2d(widths[1], out_channels, 4, stride=2, padding=1)
         ## No layer normalises: plain convolutions get He's weights (2015); those zeroed keep 0.
@@ -197,8 +197,8 @@ def pick_device(name, amp):
     there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.empty(1, device=there if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    except Exception as error:                         # each backend has its own
+        fail(f"--device {name}: not here ({str(error).splitlines()[0]:.99}); try --device cpu")
     if device.type == "cuda":
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -296,8 +296,8 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
         total = total + loss.detach()
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
-                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
-                     f"epoch is kept; try --lr {args.lr / 3:.0e}")
+                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
+                     f"epochs are kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return over_ranks(total[None]).mean().item() / steps, speed
@@ -382,7 +382,7 @@ def list_items(data, root, download):
             found += catdog_items(root, download)
         elif kind == "pets":
             if not (base / names).exists():
-                fail(f"pets: not in {base}; python finetune.py --init none --data pets gets them")
+                fail(f"pets: not in {base}; python unet.py --data pets --root {root} gets them")
             found += [(kind, "", base / f"images/{line.split()[0]}.jpg") for line in
                       (base / names).read_text().splitlines() if line and line[0] != "#"]
         else:
@@ -392,7 +392,7 @@ def list_items(data, root, download):
     return found
 def decode_photos(items, size):
     """Read every item once, in threads -> (N, 3, H, W) uint8 mapped from a file in data/cache/, and
-    {"bad": {number: reason}, "twins": [numbers of exact copies of an earlier photo]}."""
+    {"bad": {number: reason}, "twins": [numbers of photos equal to an earlier one]}."""
     stats = [item.tobytes() if isinstance(item, np.ndarray) else
              (str(item), os.access(item, os.R_OK) and item.stat()[6:9:2]) for item in items]
     key = hashlib.sha256(repr((FORMAT, size, stats)).encode()).hexdigest()[:16]
@@ -589,12 +589,12 @@ def main(argv=None):
     try:
         pretrain_vqvae(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
+        kept = any(args.resume or f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
         if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
-            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size or --size")
         raise
 if __name__ == "__main__":
     main()

@@ -118,7 +118,7 @@ def summary(model, size, show):
         block.register_forward_hook(lambda block, x, y, name=name: rows.update({name: (
             [*(y if torch.is_tensor(y) else y[0]).shape[1:]],
             sum(weight.numel() for weight in block.parameters()))}))
-    with torch.inference_mode(), FlopCounterMode(display=False, depth=9) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size))
     counts = {name.partition(".")[2]: flops for name, flops in counter.get_flop_counts().items()}
     for name, (shape, weights) in rows.items():
@@ -184,7 +184,7 @@ def confusion(logits, masks):
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(C, C)
 def scores(counts, classes):
-    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), means over classes in either; 1 if none is."""
+    """Accuracy; IoU and Dice = 2 IoU / (1 + IoU), means over the classes that occur, or 1."""
     both, total = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
     iou = (both / (total - both))[-classes:]                            # nan where total = 0
     means = torch.stack([iou, 2 * iou / (1 + iou)]).nanmean(1).nan_to_num(1)
@@ -199,8 +199,8 @@ def pick_device(name, amp):
     there = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.empty(1, device=there if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not here ({str(error).splitlines()[0]}); try --device cpu")
+    except Exception as error:                         # each backend has its own
+        fail(f"--device {name}: not here ({str(error).splitlines()[0]:.99}); try --device cpu")
     if device.type == "cuda":
         return device, amp and torch.cuda.get_device_capability(device)[0] >= 8
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -215,8 +215,8 @@ def lr_at(step, steps, peak):
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W), flipped and zoomed as one, recoloured -> floats, uint8."""
     B, device = len(images), images.device
-    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # drawn there: a copy waits
-    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # window's share
+    u = lambda *shape: torch.rand(*shape, device=device) * 2 - 1    # copying would wait
+    side, matrix = 1 / (1.3 + 0.3 * u(B)), torch.zeros(B, 2, 3, device=device)   # cut out
     matrix[:, 0, 0], matrix[:, 1, 1] = side * u(B).sign(), side
     matrix[:, :, 2] = u(B, 2) * (1 - side)[:, None]
     grid = F.affine_grid(matrix, (B, 1, *images.shape[2:]), align_corners=False)
@@ -248,8 +248,8 @@ def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, 
         total, counts = total + loss.detach(), counts + confusion(logits.detach(), y)
         if step % 50 == 49 or step == steps - 1:       # sync: once in 50 steps
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
-                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; the last good "
-                     f"epoch is kept; try --lr {args.lr / 3:.0e}")
+                fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
+                     f"epochs are kept; try --lr {args.lr / 3:.0e}")
             speed = (step + 1) * batch / (time.perf_counter() - began)
             progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, counts.cpu(), speed
@@ -324,7 +324,7 @@ def subset(breeds, share):
     """Indices of a seeded share of each breed, at least one, and of the rest; 25 % is in 50 %."""
     g, size, seen, lists = torch.Generator(), Counter(breeds), Counter(), ([], [])
     for i in torch.randperm(len(breeds), generator=g.manual_seed(SPLIT_SEED)).tolist():
-        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # False is 0: chosen
+        lists[seen[breeds[i]] >= share * size[breeds[i]]].append(i)      # list 0: chosen
         seen[breeds[i]] += 1
     return sorted(lists[0]), sorted(lists[1])
 def draw_toy(n, size, seed):
@@ -390,7 +390,7 @@ def read_pair(pair, size):
         with Image.open(pair[0]) as photo, Image.open(pair[1]) as mask:
             full = photo.size[::-1 if photo.getexif().get(274, 1) > 4 else 1]  # 274: orientation
             if mask.mode not in ("1", "L", "P") or photo.mode[0] == "I" or mask.size != full:
-                raise OSError(f"not 8 bits, one size: {photo.mode} {full}, {mask.mode} {mask.size}")
+                raise OSError(f"wrong mode or size: {photo.mode} {full}, {mask.mode} {mask.size}")
             photo.draft("RGB", (2 * size[1], 2 * size[0]))    # JPEG: decodes at 1/2, 1/4 or 1/8
             rgb = ImageOps.exif_transpose(photo).convert("RGB").resize(size[::-1], Image.BILINEAR)
             return np.dstack([rgb, mask.resize(size[::-1], Image.NEAREST)]).transpose(2, 0, 1)
@@ -414,7 +414,7 @@ def decode(pairs, size):
     return torch.from_numpy(array)
 def load_split(data, root, part, size, ignore):
     """-> images (N, 3, H, W), masks (N, H, W) of labels, IGNORE; uint8; breeds (N); class names."""
-    if data == "toy":
+    if data == "toy" and (ignore in (None, IGNORE) or fail("--ignore: not for drawn pets")):
         images, masks, breeds = draw_toy(*((256, size, 1) if part == "test" else (1110, size, 2)))
         keep = range(256) if part == "test" else subset(breeds, 0.1)[part == "train"]
         return images[keep], masks[keep], [breeds[i] for i in keep], PETS
@@ -589,12 +589,12 @@ def main(argv=None):
     try:
         train_segnet(args, Path(args.out))
     except KeyboardInterrupt:
-        kept = args.resume or any(f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
+        kept = any(args.resume or f.stat().st_mtime > began for f in Path(args.out).glob("last.pt"))
         print("\nstopped ", f"--resume continues {args.out}" if kept else "no epoch yet")
         raise SystemExit(130)
     except (OSError, MemoryError, RuntimeError) as e:      # the last is torch's, for memory too
         if not isinstance(e, RuntimeError) or any(w in str(e).lower() for w in ("alloc", "of mem")):
-            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size")
+            fail(e if isinstance(e, OSError) else "out of memory; halve --batch-size or --size")
         raise
 if __name__ == "__main__":
     main()

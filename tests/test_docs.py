@@ -2,8 +2,9 @@
 import json, re, shlex, sys, types
 
 import pytest
+from PIL import Image
 
-from conftest import NAMES, ROOT, SCRIPTS, SMALL, load
+from conftest import NAMES, ROOT, SCRIPTS, SMALL, drawn, load
 
 COMMAND = re.compile(r"(?:^|&& |[$;] )python3? ((?:" + "|".join(NAMES) + r")\.py[^#\n;&|]*)", re.M)
 
@@ -49,6 +50,13 @@ def test_a_library_s_segmenter_is_scored_beside_ours(here, capsys):
     load("evaluate").main(["mine.pt2", "--data", "toy", "--json", "s.json"])
     record, = json.loads((here / "s.json").read_text())
     assert record["parameters"] > 30e6 and 0 < record["scores"]["miou"] < 0.6
+
+def test_a_photo_of_one_s_own(here):
+    load("finetune").main([*SMALL["finetune"], "--size", "32", "--frac", "0.05", "--epochs", "1"])
+    drawn(3)[0].save("cat.jpg")
+    exec(recipe("cat.jpg").replace("64", "32"), {})
+    with Image.open("pet.png") as mask:
+        assert mask.mode == "L" and mask.size == (32, 32) and set(mask.tobytes()) <= {0, 255}
 
 def test_a_training_in_tensorboard(here, monkeypatch):
     seen = []

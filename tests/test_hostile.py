@@ -89,7 +89,7 @@ def test_16_bit_photos(here, refuse):
     images, notes = load("pretrain").decode_photos(sorted(Path("f/images").glob("*")), [16, 16])
     grey = np.asarray(drawn(0)[0].convert("L").resize((16, 16), Image.BILINEAR)).astype(int)
     assert notes["bad"] == {} and abs(images[4, 1].numpy() - grey).mean() < 3
-    assert "004.jpg, 004.png: not 8 bits" in refuse("unet", *tiny("unet"), "--data", "f")
+    assert "004.jpg, 004.png: wrong mode or size" in refuse("unet", *tiny("unet"), "--data", "f")
 
 @pytest.mark.parametrize("kind", BAD)
 def test_broken_photos(kind, here, refuse):
