@@ -309,8 +309,8 @@ def finetune_epoch(model, images, masks, losses, optimizer, args, epoch, amp):
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
                      f"epochs are kept; try --lr {args.lr / 3:.0e}")
-            speed = (step + 1) * batch / (time.perf_counter() - began)
-            progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
+        speed = (step + 1) * batch / (time.perf_counter() - began)
+        progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, counts.cpu(), speed
 @torch.inference_mode()
 def validate(model, images, masks, losses, amp=False):
@@ -507,9 +507,10 @@ def draw_samples(path, *columns):
     save(path, lambda f: page.save(f, "PNG"))
 # --- main -----------------------------------------------------------------------------------------
 def finetune_vqvae(args, out):
-    hint = "run python pretrain.py first, or give --init none"
     ## 1. The settings: widths come from the pre-trained network, the rest hangs on the data.
-    source = {} if args.init == "none" else load_checkpoint(args.init, "pretrain.py", hint)
+    start = (out / "last.pt", "finetune.py", "start without --resume") if args.resume else (
+        args.init, "pretrain.py", "run python pretrain.py first, or give --init none")
+    source = {} if args.init == "none" else load_checkpoint(*start)
     vars(args).update(widths := {name: source.get("args", WIDTHS)[name] for name in WIDTHS})
     if args.data == "auto":
         args.data = "pets" if Path(args.root, "oxford-iiit-pet").is_dir() else "toy"
@@ -536,7 +537,7 @@ def finetune_vqvae(args, out):
     torch.manual_seed(args.seed)
     model = VQVAE(len(classes), **widths)
     segmenter = Logits(model).eval()
-    if source:
+    if source and not args.resume:
         vectors = min(args.batch_size, len(images)) * math.prod(args.size) // 4 ** widths["downs"]
         taken = take_over(model, source["model"], args.take, vectors)
         trained = source["args"]["data"]

@@ -298,8 +298,8 @@ def pretrain_epoch(model, images, index, variance, optimizer, args, epoch, amp, 
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
                      f"epochs are kept; try --lr {args.lr / 3:.0e}")
-            speed = (step + 1) * batch / (time.perf_counter() - began)
-            progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
+        speed = (step + 1) * batch / (time.perf_counter() - began)
+        progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return over_ranks(total[None]).mean().item() / steps, speed
 @torch.inference_mode()
 def check(model, images, index, variance, args, amp=False):
@@ -357,7 +357,7 @@ ARCHIVES = {                     # by folder: name, photos, source; CIFAR-10 is 
                   "ECDB-4869-8368-6DEBA77B919F/kagglecatsanddogs_5340.zip")}
 def catdog_items(root, download):
     """The four collections under root -> [(source, "cat" or "dog", file, or CIFAR's array)]."""
-    root, found = Path(root), []
+    root, found, url = Path(root), [], "https://www.cs.toronto.edu/~kriz/cifar.html"
     try:
         if download or (root / "cifar-10-batches-py").is_dir():
             from torchvision.datasets import CIFAR10, utils
@@ -372,7 +372,7 @@ def catdog_items(root, download):
             found += [(source, "cat" if file.parent.name.lower().startswith("cat") else "dog", file)
                       for file in sorted((root / folder).glob(pattern))]
     except Exception as error:
-        fail(f"catdog: {error}; unpack it by hand under {root}, or go on without --download")
+        fail(f"catdog: {error}; unpack {url} under {root} by hand, or leave out --download")
     return found or fail(f"catdog: none of the four collections lies under {root}; try --download")
 def list_items(data, root, download):
     """A kind of photos, or several joined by + -> [(source, species or "", item)]."""

@@ -250,8 +250,8 @@ def train_epoch(model, images, masks, losses, optimizer, schedule, args, epoch, 
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
                      f"epochs are kept; try --lr {args.lr / 3:.0e}")
-            speed = (step + 1) * batch / (time.perf_counter() - began)
-            progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
+        speed = (step + 1) * batch / (time.perf_counter() - began)
+        progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, counts.cpu(), speed
 @torch.inference_mode()
 def validate(model, images, masks, losses, amp=False):
@@ -536,7 +536,7 @@ def train_segnet(args, out):
     torch.manual_seed(args.seed)
     model = SegNet(len(classes), args.width, args.stages)
     parameters, multiply_adds = summary(model, args.size, args.summary)
-    print(f"model    SegNet, {parameters:,} parameters, {multiply_adds:,} multiply-adds a photo")
+    print(f"model    {args.width} wide, {parameters:,} parameters, {multiply_adds:,} multiply-adds")
     if args.summary:
         return
     if args.init and not args.resume:

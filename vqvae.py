@@ -281,8 +281,8 @@ def reconstruct_epoch(model, images, variance, optimizer, args, epoch, amp):
             if not (total + sum(w.detach().sum() for w in model.parameters())).isfinite():
                 fail(f"the loss is not finite in epoch {epoch + 1} at lr {lr:.1e}; finished "
                      f"epochs are kept; try --lr {args.lr / 3:.0e}")
-            speed = (step + 1) * batch / (time.perf_counter() - began)
-            progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
+        speed = (step + 1) * batch / (time.perf_counter() - began)
+        progress(f" epoch {epoch + 1}  {(steps - 1 - step) * batch / speed:.0f} s left")
     return total.item() / steps, speed
 
 @torch.inference_mode()

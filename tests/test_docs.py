@@ -6,7 +6,7 @@ from PIL import Image
 
 from conftest import NAMES, ROOT, SCRIPTS, SMALL, drawn, load
 
-COMMAND = re.compile(r"(?:^|&& |[$;] )python3? ((?:" + "|".join(NAMES) + r")\.py[^#\n;&|]*)", re.M)
+COMMAND = re.compile(r"(?:^|&& |[$;] | or )(?:python3?|torchrun .*?) ((?:" + "|".join(NAMES) + r")\.py[^#\n;&|]*)", re.M)
 
 def commands():
     """In a docstring, lines that begin with python; in the README, code: blocks and `spans`."""

@@ -80,14 +80,18 @@ def test_other_arguments_are_named(name, argv, refuse):
     assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
 
 def test_resume_after_another_pretraining(argv, refuse):
-    """The widths come from --init: another network there is named, and last.pt is not to blame."""
+    """Whatever became of --init meanwhile: the widths and the weights are in last.pt."""
     before = ["--data", "photos/images", *SMALL["pretrain"], "--epochs", "1", "--out", "pre"]
     load("pretrain").main(before)
     flags = argv("finetune", "--out", "run", "--epochs", "1", "--init", "pre/best.pt")
     load("finetune").main(flags)
+    weights = checkpoint("run/last.pt")["model"]
     load("pretrain").main([*before, "--width", "64"])
-    line = refuse("finetune", *flags, "--resume")
-    assert "--width 64 (was 128)" in line and "last.pt" not in line
+    load("finetune").main([*flags, "--resume"])
+    Path("pre/best.pt").unlink()
+    load("finetune").main([*flags, "--resume"])
+    assert same_weights(checkpoint("run/last.pt")["model"], weights)
+    assert "run python pretrain.py first" in refuse("finetune", *flags)
 
 @each
 def test_the_pictures_need_no_gradients(name, argv, monkeypatch):
