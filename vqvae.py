@@ -504,9 +504,9 @@ def train_vqvae(args, out):
           f"variance {variance:.4f}"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model. Plain grey of the photos' mean brightness would score an error of 1.
+    weights, multiply_adds = summary(model, args.size, False)
     model.to(device, memory_format=torch.channels_last)
     bits = math.log2(args.codes) / (24 * 4 ** args.downs)
-    weights = sum(weight.numel() for weight in model.parameters())
     print(f"model    {weights:,} parameters, {args.codes} codes of {args.code_size} numbers, which "
           f"take {bits:.2%} of a photo's bits")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -534,7 +534,8 @@ def train_vqvae(args, out):
     model.load_state_dict(load_checkpoint(out / "best.pt", Path(__file__).name, "retrain")["model"])
     row = history[best - 1]
     result = {**row, "args": vars(args), "torch": torch.__version__, "parameters": weights,
-              "photos": len(images), "total_seconds": sum(row["seconds"] for row in history)}
+              "multiply_adds": multiply_adds, "photos": len(images),
+              "total_seconds": sum(row["seconds"] for row in history)}
     save(out / "result.json", lambda file: file.write_text(json.dumps(result, indent=1)))
     with torch.inference_mode():
         output, _, ids = model.eval()(to_float(val[:8].to(device)))

@@ -1,5 +1,5 @@
 """The small parts of a training: schedule, device, progress, validation, baseline; vqvae.py's own."""
-import math, re
+import json, math, re
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,9 @@ def test_vqvae_summary(here, capsys):
     *_, last = capsys.readouterr().out.splitlines()
     weights = sum(weight.numel() for weight in m.VQVAE(3, 128, 32, 2, 2).parameters())
     assert last.startswith("VQVAE") and f"{weights:,} parameters" in last and not Path("checkpoints").exists()
+    m.main([*SMALL["vqvae"], "--size", "32", "--frac", "0.02", "--epochs", "1"])
+    result = json.loads(Path("checkpoints/vqvae/result.json").read_text())
+    assert result["parameters"] == weights and f"{result['multiply_adds']:,} multiply-adds" in last
 
 # --- compiled, and on a GPU -------------------------------------------------------------------------
 
