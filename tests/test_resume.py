@@ -1,12 +1,12 @@
 """Stopped and continued equals uninterrupted, to the bit; a kill leaves files that load."""
-import json, os, random, shutil, signal, time, zipfile
+import json, os, random, shutil, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import LIGHT, SEGMENTERS, SMALL, TRAINING, checkpoint, interrupt, load, rows, start, write_folder
+from conftest import LIGHT, ROOT, SEGMENTERS, SMALL, TRAINING, checkpoint, interrupt, load, rows, start, write_folder
 
 each = pytest.mark.parametrize("name", TRAINING)
 few = pytest.mark.parametrize("name", LIGHT)
@@ -233,10 +233,48 @@ def whole(folder):
         elif file.suffix == ".png":
             Image.open(file).load()
 
+FORKER = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import LIGHT, load
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a background job ignores it
+mains = {name: load(name).main for name in LIGHT}
+for line in sys.stdin:
+    name, folder, words = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(folder)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            mains[name](words)
+            os._exit(0)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        finally:
+            os._exit(9)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+@pytest.fixture(scope="module")
+def forked():
+    """forked(script, words) -> the number of a process in which its main runs, and a function that waits for the
+    status. It is forked from one that imports the scripts and trains nothing: once autograd has threads (after an
+    export, for instance), it refuses to work in a fork."""
+    forker = subprocess.Popen([sys.executable, "-c", FORKER, str(ROOT / "tests")], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    answer = lambda: int(forker.stdout.readline())
+    def call(name, words):
+        print(json.dumps([name, os.getcwd(), words]), file=forker.stdin, flush=True)
+        return answer(), answer
+    yield call
+    forker.stdin.close()
+    forker.wait()
+
 @few
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kills", (3, pytest.param(40, marks=pytest.mark.slow)))
-def test_killed_at_any_moment(name, argv, here, kills):
+def test_killed_at_any_moment(name, argv, here, kills, forked):
     """Reading photos, training, saving, exporting: killed and stopped at random moments and continued,
     a run loses no whole epoch and ends like one that was left alone, bit by bit."""
     m, g = load(name), random.Random(kills)
@@ -251,20 +289,12 @@ def test_killed_at_any_moment(name, argv, here, kills):
             shutil.rmtree("run")
             epochs = 0
         more = ["--resume"] if Path("run/last.pt").exists() else []
-        child = os.fork()
-        if child == 0:
-            try:
-                m.main([*words, "--out", "run", *more])
-                os._exit(0)
-            except SystemExit as stop:
-                os._exit(stop.code)
-            finally:
-                os._exit(9)
+        child, status_of = forked(name, [*words, "--out", "run", *more])
         if number < kills:
             time.sleep(g.uniform(0, length / 2))
             os.kill(child, g.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT)))
             number += 1
-        status = os.waitpid(child, 0)[1]
+        status = status_of()
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, 130), status
         whole("run")
         now = checkpoint("run/last.pt")["epoch"] if Path("run/last.pt").exists() else 0
