@@ -488,8 +488,9 @@ def train_vqvae(args, out):
     torch.manual_seed(args.seed)
     model = VQVAE(3, args.width, args.residual_width, args.residual_blocks, args.downs, args.codes,
                   args.code_size)
+    weights, multiply_adds = summary(model, args.size, args.summary)
     if args.summary:
-        return summary(model, args.size, True)
+        return
     print(f"vqvae.py  torch {torch.__version__}  {device}  {'bf16' if amp else 'float32'}  seed "
           f"{args.seed}  {args.epochs} epochs  batch {args.batch_size}  lr {args.lr:g}  -> {out}")
     ## 2. The photos: a tenth for validation, --frac of the others for training.
@@ -504,7 +505,6 @@ def train_vqvae(args, out):
           f"variance {variance:.4f}"
           + ("  (drawn; for real photos: --data pets)" if args.data == "toy" else ""))
     ## 3. The model. Plain grey of the photos' mean brightness would score an error of 1.
-    weights, multiply_adds = summary(model, args.size, False)
     model.to(device, memory_format=torch.channels_last)
     bits = math.log2(args.codes) / (24 * 4 ** args.downs)
     print(f"model    {weights:,} parameters, {args.codes} codes of {args.code_size} numbers, which "

@@ -45,7 +45,7 @@ def sentences():
         for line in load("experiments").markdown(grids, name).splitlines():
             if line[:2] in ("| ", "- "):
                 yield "README.md", line
-    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance")}
+    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance", "masks")}
     lead = lambda name, one, other, key="miou": 100 * abs(load("experiments").paired(arms[name][one], arms[name][other], key)[0])
     gains = sorted(lead("labels", f"pre-trained, {share} %", f"scratch, {share} %") for share in (10, 25, 50, 100))
     tenth, every = (lead("labels", f"pre-trained, {share} %", f"scratch, as long, {share} %") for share in (10, 100))
@@ -54,7 +54,6 @@ def sentences():
                  f"the labels) to {every:.1f} (all)", f"ahead in all four rows, by {gains[0]:.1f} to {gains[-1]:.1f} points",
                  f"three cat breeds costs {cats:.1f} points on cats", f"The imbalance costs {cats:.1f} points on cats"):
         yield "README.md", text
-    arms["masks"] = load("experiments").grouped(grids, "masks")
     square = lead("masks", "one square of 5-25 % of the side", "0.5-0.75 of the area, 8 px")
     yield "README.md", f"{square:.1f} points above the mask of the other tables"
     filled = {run["command"].split(" --epochs")[0]: run["val_masked"] for run in read("masks")}
