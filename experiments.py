@@ -69,6 +69,7 @@ NOTES = {
     "retina": "The published figure is one minus the loss on the training photos.",
     "puzzle": "Four test photos: differences of half a point mean nothing."}
 COLUMNS = {"imbalance": ["lr", "accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
+           "blur": ["miou", "accuracy", "D1_dice", "D1_iou"],
            "models": ["lr", "accuracy", "miou", "D1_dice", "D2_dice", "D3_dice", "parameters",
                       "multiply_adds", "images_per_second", "memory_gb"],
            "camvid": ["accuracy", "miou", "D7_dice", "images_per_second"],
