@@ -45,7 +45,7 @@ def sentences():
         for line in load("experiments").markdown(grids, name).splitlines():
             if line[:2] in ("| ", "- "):
                 yield "README.md", line
-    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance", "masks")}
+    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance", "masks", "models", "blur")}
     lead = lambda name, one, other, key="miou": 100 * abs(load("experiments").paired(arms[name][one], arms[name][other], key)[0])
     gains = sorted(lead("labels", f"pre-trained, {share} %", f"scratch, {share} %") for share in (10, 25, 50, 100))
     tenth, every = (lead("labels", f"pre-trained, {share} %", f"scratch, as long, {share} %") for share in (10, 100))
@@ -54,6 +54,18 @@ def sentences():
                  f"the labels) to {every:.1f} (all)", f"ahead in all four rows, by {gains[0]:.1f} to {gains[-1]:.1f} points",
                  f"three cat breeds costs {cats:.1f} points on cats", f"The imbalance costs {cats:.1f} points on cats"):
         yield "README.md", text
+    dice = [statistics.fmean(run[key] for run in arms["models"]["U-Net"].values()) for key in ("D1_dice", "D2_dice", "D3_dice")]
+    yield "README.md", "of the U-Net's {:.3f}, {:.3f} and {:.3f} (D1, D2, D3)".format(*dice)
+    yield "README.md", "What the variants change, {:.1f} points for sub-pixel and {:.1f} for bilinear up-sampling".format(
+        lead("models", "LinkNet, sub-pixel", "LinkNet"), lead("models", "U-Net, bilinear", "U-Net"))
+    yield "README.md", "had one bad run each (test mean IoU {:.3f} and {:.3f})".format(
+        *(min(run["miou"] for run in arms["models"][name].values()) for name in ("SegNet", "VQ-VAE, scratch")))
+    behind = sorted(lead("blur", f"VQ-VAE, pre-trained, {blur} %", f"VQ-VAE, scratch, {blur} %") for blur in (50, 75, 100))
+    yield "README.md", f"{behind[0]:.1f} to {behind[-1]:.1f} points behind from 50 % on"
+    sharp, soft = (statistics.fmean(run["accuracy"] for run in arms["blur"][f"VQ-VAE, pre-trained, {blur} %"].values()) for blur in (0, 100))
+    yield "README.md", f"our pre-trained network from {sharp:.3f} to {soft:.3f}"
+    everywhere = arms["blur"]["U-Net, 100 %"][0]
+    yield "README.md", (f"({everywhere['D5_recall']:.2f} of the pets' pixels are found, {everywhere['D5_precision']:.2f} of what it calls pet")
     square = lead("masks", "one square of 5-25 % of the side", "0.5-0.75 of the area, 8 px")
     yield "README.md", f"{square:.1f} points above the mask of the other tables"
     filled = {run["command"].split(" --epochs")[0]: run["val_masked"] for run in read("masks")}
