@@ -61,11 +61,14 @@ def sentences():
     yield "README.md", "had one bad run each (test mean IoU {:.3f} and {:.3f})".format(
         *(min(run["miou"] for run in arms["models"][name].values()) for name in ("SegNet", "VQ-VAE, scratch")))
     behind = sorted(lead("blur", f"VQ-VAE, pre-trained, {blur} %", f"VQ-VAE, scratch, {blur} %") for blur in (50, 75, 100))
-    yield "README.md", f"{behind[0]:.1f} to {behind[-1]:.1f} points behind from 50 % on"
+    yield "README.md", f"on average by {behind[0]:.1f} to {behind[-1]:.1f} points"
+    yield "README.md", f"the pre-trained one {behind[0]:.1f} to {behind[-1]:.1f} points behind the one from scratch"
     sharp, soft = (statistics.fmean(run["accuracy"] for run in arms["blur"][f"VQ-VAE, pre-trained, {blur} %"].values()) for blur in (0, 100))
     yield "README.md", f"our pre-trained network from {sharp:.3f} to {soft:.3f}"
     everywhere = arms["blur"]["U-Net, 100 %"][0]
-    yield "README.md", (f"({everywhere['D5_recall']:.2f} of the pets' pixels are found, {everywhere['D5_precision']:.2f} of what it calls pet")
+    yield "README.md", (f"finds {100 * everywhere['D5_recall']:.0f} % of the pets' pixels, but only {100 * everywhere['D5_precision']:.0f} % of what it calls pet")
+    speeds = [run["images_per_second"] for run in arms["models"]["LinkNet"].values()]
+    yield "README.md", f"(LinkNet had {min(speeds):.0f} to {max(speeds):.0f} of them)"
     square = lead("masks", "one square of 5-25 % of the side", "0.5-0.75 of the area, 8 px")
     yield "README.md", f"{square:.1f} points above the mask of the other tables"
     filled = {run["command"].split(" --epochs")[0]: run["val_masked"] for run in read("masks")}
