@@ -26,7 +26,7 @@ PROTOCOL = {"toy": {"size": 32, "epochs": 6, "pretrain_epochs": 2, "photos": (36
                      "lrs": (1e-3, 3e-3, 1e-2), "fracs": (1.0, 0.5, 0.25, 0.1),
                      "unlabelled": "catdog"}}
 HERE = Path(__file__).resolve().parent
-MASK = ("--mask", "0.5-0.75", "--patch", "8")    # of pre-training, unless that is the question
+MASK = ("--mask-style", "square", "--mask", "0.0625-0.25")     # unless the mask is the question
 GRIDS = "labels pretraining imbalance blur masks models camvid retina puzzle".split()
 PERCENT = (0, 25, 50, 75, 100)                         # of blur
 HELP = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
@@ -164,12 +164,15 @@ def plan(name, args):
         once = rate | {"seeds": 1}
         grid = [(f"{low}-{high}", patch) for low, high in ((0.05, 0.25), (0.25, 0.5), (0.5, 0.75),
                                                            (0.75, 0.9)) for patch in (8, 16)]
-        grid = grid if args.data != "toy" else grid[:1] + grid[4:5]    # 5-25 and 50-75 %, 8 px
+        squares = [(5, 25), (25, 50)]                  # per cent of the side
+        if args.data == "toy":                         # 5-25 and 50-75 %, 8 px, and MASK
+            grid, squares = grid[:1] + grid[4:5], squares[1:]
         return [scratch("no pre-training", 0.1) | rate] + [
             tuned(f"{mask} of the area, {patch} px", args, 0.1, pre=(
                 "--mask", mask, "--patch", str(patch)), **once) for mask, patch in grid] + [
-            tuned("one square of 5-25 % of the side", args, 0.1, pre=(
-                "--mask-style", "square", "--mask", "0.0025-0.0625"), **once)]
+            tuned(f"one square of {low}-{high} % of the side", args, 0.1, pre=(
+                "--mask-style", "square", "--mask", f"{low**2 / 1e4:g}-{high**2 / 1e4:g}"), **once)
+            for low, high in squares]
     if name in ("models", "blur"):
         small = ("--encoder", "resnet18") if args.data == "toy" else ()
         link = ("--weights", "none", *small)
@@ -425,10 +428,10 @@ def charts(records, experiment):
         mean, std = spread([record["miou"] for record in group.values()])
         name, _, amount = label.rpartition(", ")
         if experiment == "masks":
-            share = re.match(r"([\d.]+)-([\d.]+) of", label)
-            x = 50 * (float(share[1]) + float(share[2])) if share else \
-                3.25 if "square" in label else 0                # the square: 0.25 to 6.25 %
-            name = f"patches of {amount}" if share else label
+            low, high = map(float, re.search(r"([\d.]+)-([\d.]+)", f"{label} 0-0").groups())
+            square = "square" in label
+            x = (low**2 + high**2) / 200 if square else 50 * (low + high)      # of the area
+            name = "one square" if square else f"patches of {amount}" if high else label
         elif experiment == "models":
             name, x = label, math.log10(next(iter(group.values()))["multiply_adds"])
         else:

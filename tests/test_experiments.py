@@ -192,7 +192,7 @@ def test_masks_are_screened_with_one_seed(stubs):
     e.main(["masks", "--data", "pets", "--seeds", "3"])
     records = json.loads(Path("checkpoints/experiments/results.json").read_text())
     seeds = {label: len(group) for label, group in e.grouped(records, "masks").items()}
-    assert len(seeds) == 10 and sorted(seeds.values()) in ([1] * 7 + [3] * 3, [1] * 6 + [3] * 4)
+    assert len(seeds) == 11 and sorted(seeds.values()) in ([1] * 8 + [3] * 3, [1] * 7 + [3] * 4)
     assert seeds["no pre-training"] == 3
     assert max(n for label, n in seeds.items() if "0.05-0.25" in label) == 3
 
@@ -290,11 +290,12 @@ def test_chart_shows_every_point():
     assert "nan" not in e.chart("one point", {"a": [(1, 0.5, 0)]}, "x")
 
 def test_chart_of_the_masks():
-    """No mask stands at 0, the square at its share of the area, patches at theirs."""
-    labels = ("no pre-training", "one square of 5-25 % of the side", "0.5-0.75 of the area, 8 px")
+    """No mask stands at 0, the squares at their share of the area, patches at theirs."""
+    labels = ("no pre-training", "one square of 5-25 % of the side", "one square of 25-50 % of the side", "0.5-0.75 of the area, 8 px")
     svg = e.charts([{"experiment": "masks", "arm": label, "seed": 0, "miou": 0.5} for label in labels], "masks")
-    for text in ("no pre-training", "one square", "patches of 8 px", ">62.5<", ">0<"):
+    for text in ("no pre-training", "one square", "patches of 8 px", ">62.5<", ">15.6<", ">0<"):
         assert text in svg
+    assert svg.count("<polyline") == 3 and ">3.25<" not in svg         # too near to 0 for a number of its own
 
 # --- a child of our own -----------------------------------------------------------------------------
 
