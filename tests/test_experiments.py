@@ -1,6 +1,6 @@
 """experiments.py: fair plans, nothing run twice, tables from records; the children are stubs but for
 the slow test."""
-import json, math, random, re, signal, subprocess, sys, time
+import html, json, math, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -130,6 +130,9 @@ def test_search_seeds_tables(stubs, monkeypatch, capsys):
     assert "D1 .829 / .719" in out and Path("checkpoints/experiments/results.md").read_text() in out
     page = Path("checkpoints/experiments/report.html").read_text()
     assert page.count("<svg") == 1 and "python finetune.py" in page and "http" not in page
+    for r in records:                                                  # the report shows how each figure came about
+        assert r["pretraining"] is None if r["arm"].startswith("scratch") else html.escape(r["pretraining"]) in page
+        assert html.escape(r["command"]) in page
     before = len(stubs)
     e.main(["labels", "--data", "pets", "--seeds", "3"])               # nothing is run twice
     assert len(stubs) == before
