@@ -382,7 +382,7 @@ def markdown(records, experiment):
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#66418e", "#3d5a1e", "#30638e", "#999999", "#000000")
 STYLE = """
 body{font:15px/1.5 sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;
+table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .5em;text-align:right;
 border-bottom:1px solid #ddd}
 td:first-child,td:last-child,th:last-child{text-align:left}
 td:not(:last-child){white-space:nowrap}
