@@ -40,18 +40,17 @@ def sentences():
     for arm in read("codebook"):
         yield "README.md", (f"| {arm['variant']} | {arm['val_error']:.3f} | {arm['val_perplexity']:.0f} | "
                             f"{arm['val_used']}/512 |")
-    grids = read("experiments")
+    grids, e = read("experiments"), load("experiments")
     for name in dict.fromkeys(run["experiment"] for run in grids):      # what --table prints
-        for line in load("experiments").markdown(grids, name).splitlines():
+        for line in e.markdown(grids, name).splitlines():
             if line[:2] in ("| ", "- "):
                 yield "README.md", line
-    arms = {name: load("experiments").grouped(grids, name) for name in ("labels", "imbalance", "masks", "models", "blur")}
-    lead = lambda name, one, other, key="miou": 100 * abs(load("experiments").paired(arms[name][one], arms[name][other], key)[0])
+    arms = {name: e.grouped(grids, name) for name in ("labels", "imbalance", "masks", "models", "blur")}
+    lead = lambda name, one, other, key="miou": 100 * abs(e.paired(arms[name][one], arms[name][other], key)[0])
     gains = sorted(lead("labels", f"pre-trained, {share} %", f"scratch, {share} %") for share in (10, 25, 50, 100))
-    pairs = [[load("experiments").paired(arms["labels"][f"pre-trained, {share} %"], arms["labels"][f"scratch, {share} %"], "miou"),
-              [arms["labels"][f"pre-trained, {share} %"][seed]["miou"] - arms["labels"][f"scratch, {share} %"][seed]["miou"] for seed in range(3)]]
-             for share in (10, 25, 50, 100)]
-    assert sum(gain > 0 for _, each in pairs for gain in each) == 11 and all(mean < 2.48 * std for (mean, std), _ in pairs)
+    couples = [[arms["labels"][f"{kind}, {share} %"] for kind in ("pre-trained", "scratch")] for share in (10, 25, 50, 100)]
+    assert sum(one[seed]["miou"] > other[seed]["miou"] for one, other in couples for seed in one) == 11
+    assert all(mean < 2.48 * std for mean, std in (e.paired(one, other, "miou") for one, other in couples))       # 95 %, three seeds
     yield "README.md", "in eleven of the twelve pairs of runs"
     tenth, every = (lead("labels", f"pre-trained, {share} %", f"scratch, as long, {share} %") for share in (10, 100))
     cats = lead("imbalance", "three cat breeds", "same number, all breeds", "cat_miou")
@@ -70,6 +69,8 @@ def sentences():
     yield "README.md", f"on average by {behind[0]:.1f} to {behind[-1]:.1f} points"
     yield "README.md", f"too, is behind in every seed, {behind[0]:.1f} to {behind[-1]:.1f} points on average"
     assert min(lead("blur", f"U-Net, {blur} %", f"VQ-VAE, scratch, {blur} %") for blur in (50, 75, 100)) > 14
+    assert all(run["miou"] < arms["blur"][f"VQ-VAE, scratch, {blur} %"][seed]["miou"] for blur in (50, 75, 100)
+               for seed, run in arms["blur"][f"VQ-VAE, pre-trained, {blur} %"].items())
     sharp, soft = (statistics.fmean(run["accuracy"] for run in arms["blur"][f"VQ-VAE, pre-trained, {blur} %"].values()) for blur in (0, 100))
     yield "README.md", f"our pre-trained network from {sharp:.3f} to {soft:.3f}"
     everywhere = arms["blur"]["U-Net, 100 %"][0]
