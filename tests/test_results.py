@@ -86,23 +86,24 @@ def sentences():
     steps = {}                                          # the table of few steps, long pre-training and more seeds
     for run in read("steps"):
         steps.setdefault((run["frac"], run["steps"]), {}).setdefault(run["arm"], {})[run["seed"]] = run
+    ahead = lambda group, name: [100 * value for value in e.paired(group[name], group["scratch"])]      # mean, deviation
     for (frac, count), group in steps.items():
         if count == 600:                                # the first three seeds are those of labels
             for ours, kind in (("scratch", "scratch"), ("3 epochs", "pre-trained")):
                 group.setdefault(ours, {}).update(arms["labels"][f"{kind}, {100 * frac:g} %"])
-        three = {name: {seed: runs[seed] for seed in (0, 1, 2)} for name, runs in group.items() if len(runs) >= 3}
+        three = {name: {seed: group[name][seed] for seed in range(3)} for name in ("scratch", "3 epochs", "12 epochs")}
         yield "README.md", f"| {100 * frac:g} % | {count} | {e.cell([run['miou'] for run in three['scratch'].values()])} | " + " | ".join(
             f"{e.cell([run['miou'] for run in three[name].values()])} | " + "{:+.1f} ± {:.1f}".format(
-                *(100 * v for v in e.paired(three[name], three["scratch"]))) for name in ("3 epochs", "12 epochs")) + " |"
+                *ahead(three, name)) for name in ("3 epochs", "12 epochs")) + " |"
     for frac in (0.1, 1.0):
         group = steps[frac, 600]
-        gain, deviation = (100 * v for v in e.paired(group["3 epochs"], group["scratch"]))
+        gain, deviation = ahead(group, "3 epochs")
         half = 2.571 * deviation / 6**0.5               # Student's t, 95 %, six seeds
-        assert [*group["3 epochs"]] and {*group["3 epochs"]} == {*group["scratch"]} == {*range(6)}
+        assert {*group["3 epochs"]} == {*group["scratch"]} == {*range(6)}
         assert all(run["miou"] > group["scratch"][seed]["miou"] for seed, run in group["3 epochs"].items())      # each is ahead
         yield "README.md", f"{gain:.1f} with " + ("a tenth of the labels" if frac < 1 else "all of them")
         yield "README.md", f"{gain:.1f} ± {deviation:.1f} points (95 %: {gain - half:.1f} to {gain + half:.1f})"
-    few = sorted(100 * e.paired(steps[0.1, count][name], steps[0.1, count]["scratch"])[0] for count in (100, 200) for name in ("3 epochs", "12 epochs"))
+    few = sorted(ahead(steps[0.1, count], name)[0] for count in (100, 200) for name in ("3 epochs", "12 epochs"))
     yield "README.md", f"{few[0]:.1f} to {few[-1]:.1f} points after 100 and 200 steps"
     masked = [statistics.fmean(run["val_masked"] for run in steps[0.1, 200][name].values()) for name in ("12 epochs", "3 epochs")]
     yield "README.md", "(error {:.3f} in place of {:.3f})".format(*masked)
