@@ -1,618 +1,352 @@
-"""Bad input gets one line that names the thing, exit code 2, and leaves nothing behind."""
-import io, json, os, struct, zipfile
+"""What people do wrong gets one line that says what, and where; nothing is written or lost."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SEGMENTERS, SMALL, TRAINING, checkpoint, drawn, load, same, start, write_folder
 from PIL import Image
 
-from conftest import SCRIPTS, SEGMENTERS, SMALL, TRAINING, drawn, load, start, write_folder
+each = pytest.mark.parametrize("name", SEGMENTERS)
 
-BOTH = [name for name in ("pretrain", "finetune", "vqvae") if name in SCRIPTS]
-
-def quick(name, *flags):
-    """The fewest flags with which a script would train at once."""
-    return [*SMALL[name], "--epochs", "1", "--frac", "0.05", *map(str, flags)]
-
-@pytest.fixture(autouse=True)
-def nothing_left(here):
-    """Whatever was refused, there is no run folder afterwards unless the test made one."""
-    yield
-    assert not Path("checkpoints").exists()
-
-# --- flags ----------------------------------------------------------------------------------------
-
-FLAGS = [("--frac", "0"), ("--frac", "2"), ("--frac", "half"), ("--frac", "auto"), ("--size", "63"),
-         ("--size", "100", "63"), ("--size", "0"), ("--size", "32", "32", "32"), ("--size", "auto", "32"),
-         ("--epochs", "0"), ("--epochs", "1.5"), ("--lr", "nan"), ("--lr", "0"), ("--lr", "inf"),
-         ("--batch-size", "0"), ("--batch-size", "-3"), ("--weight-decay", "-1"), ("--weight-decay", "auto"),
-         ("--seed", "-1"), ("--seed", "auto"), ("--learning-rate", "1"), ("--epoch", "3"),
-         ("--device", "abacus")]
-
-@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
-@pytest.mark.parametrize("name", TRAINING)
-def test_flag(name, flags, refuse):
-    line = refuse(name, *quick(name), *flags)
-    assert flags[0].strip("-") in line and (flags[0] not in ("--lr", "--frac") or flags[1] in line)
-
-@pytest.mark.parametrize("flags", (("--mask", "0.9-0.1"), ("--mask", "0.5"), ("--mask-style", "round"),
-                                   ("--patch", "0"), ("--downs", "0"), ("--width", "auto"), ("--size", "62")), ids=" ".join)
-@pytest.mark.skipif("pretrain" not in SCRIPTS, reason="no pretrain.py")
-def test_flag_of_pretrain(flags, refuse):
-    assert flags[0] in refuse("pretrain", *quick("pretrain"), *flags)
-
-@pytest.mark.parametrize("flags", (("--loss", "bce+hinge"), ("--take", "head"), ("--cats", "Garfield"),
-                                   ("--cats", "Bombay,beagle"), ("--ignore", "300"), ("--ignore", "auto")), ids=" ".join)
-@pytest.mark.skipif("finetune" not in SCRIPTS, reason="no finetune.py")
-def test_flag_of_finetune(flags, refuse):
-    assert flags[0] in refuse("finetune", *quick("finetune"), *flags)
-
-@pytest.mark.parametrize("flags", (("--split", "train"), ("--blur", "-1"), ("--blur", "auto"), ("--batch-size", "0"),
-                                   ("--batch-size", "auto"), ("--verbose",)), ids=" ".join)
-def test_flag_of_evaluate(flags, refuse):
-    assert flags[0] in refuse("evaluate", *flags)
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_nothing_of_drawn_pets_is_ignored(name, refuse):
-    assert "--ignore" in refuse(name, *quick(name), "--data", "toy", "--ignore", "2")
-
-@pytest.mark.parametrize("name", ("unet", "evaluate"))
-def test_a_device_of_others(name, files, here):
-    """Its module is missing, which is another error than that of a name that is no device. (In a process of its own:
-    after a look at such a device autograd refuses to be forked, which other tests do.)"""
-    write(files)
-    child = start(name, *(["bad.pt2"] if name == "evaluate" else quick(name)), "--device", "hpu", cwd=here)
-    line = child.communicate(timeout=120)[1]
-    assert child.returncode == 2 and line.startswith(f"{name}.py: error: --device hpu") and line.count("\n") == 1
-    assert "--device cpu" in line and len(line) < 250
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("name", TRAINING)
-def test_a_device_that_is_not_there(name, refuse):
-    line = refuse(name, *quick(name, "--device", "cuda"))
-    assert "--device cuda" in line and "--device cpu" in line
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-class Code:
-    """A pickle of this writes the file when it is loaded without care."""
-    def __reduce__(self):
-        return os.system, (f"echo ran > {Path.cwd() / 'ran'}",)
 
 @pytest.fixture
-def unharmed(here):
-    """No test may leave the file that the planted code writes."""
-    yield
-    assert not Path("ran").exists(), "planted code ran"
+def folder(here):
+    """18 photos and black-and-white masks, in the current folder."""
+    return write_folder("mine", 18)
 
-def test_the_planted_code_works(here):
-    torch.save(Code(), "bad.pt")
-    torch.load("bad.pt", weights_only=False)
-    assert Path("ran").exists()
 
-@pytest.mark.skipif("finetune" not in SCRIPTS, reason="no finetune.py")
-class TestInit:
-    def refused(self, refuse, file):
-        line = refuse("finetune", "--size", "16", "--epochs", "1", "--init", str(file))
-        assert str(file) in line and "python pretrain.py" in line
+@pytest.fixture
+def refused(refuse):
+    """refused(script, *flags) -> the line; no run was begun."""
+
+    def call(name, *flags):
+        line = refuse(name, *SMALL[name], "--epochs", "1", *flags)
+        assert not Path("checkpoints").exists()
         return line
 
-    def test_missing(self, refuse):
-        self.refused(refuse, "checkpoints/pretrain/best.pt")
-        assert "python pretrain.py" in refuse("finetune")         # by default it is asked for
+    return call
 
-    @pytest.mark.parametrize("content", (b"", b"no checkpoint", "list", "dict", "other", "old", "code", "folder"))
-    def test_foreign(self, refuse, unharmed, content):
-        objects = {"list": [1, 2], "dict": {"model": {}}, "code": {"script": "pretrain.py", "format": 1, "x": Code()},
-                   "other": {"script": "unet.py", "format": 1, "model": {}, "args": {}},
-                   "old": {"script": "pretrain.py", "format": 0, "model": {}, "args": {}}}
-        if content == "folder":
-            Path("bad.pt").mkdir()
-        elif isinstance(content, bytes):
-            Path("bad.pt").write_bytes(content)
-        else:
-            torch.save(objects[content], "bad.pt")
-        self.refused(refuse, "bad.pt")
 
-    @pytest.mark.parametrize("share", (0.1, 0.5, 0.99))
-    def test_truncated(self, refuse, share):
-        torch.save({"script": "pretrain.py", "format": 1, "model": {"a": torch.zeros(9999)}, "args": {}}, "bad.pt")
-        whole = Path("bad.pt").read_bytes()
-        Path("bad.pt").write_bytes(whole[:int(len(whole) * share)])
-        self.refused(refuse, "bad.pt")
+def change(folder, mistake):
+    """Every mask through mistake(labels 0 and 1 as uint8) -> its pixels."""
+    for path in Path(folder, "masks").iterdir():
+        labels = np.asarray(Image.open(path)) // 255
+        Image.fromarray(mistake(labels)).save(path)
 
-    def test_other_widths_than_it_says(self, refuse):
-        m = load("finetune")
-        state = m.VQVAE(3, 32, 8, 1, 2).state_dict()
-        widths = {"width": 64, "residual_width": 8, "residual_blocks": 1, "downs": 2}
-        torch.save({"script": "pretrain.py", "format": m.FORMAT, "model": state, "args": widths | {"data": "toy"}}, "bad.pt")
-        assert "--init" in refuse("finetune", "--size", "16", "--epochs", "1", "--init", "bad.pt")
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_resume_without_a_run(name, refuse):
-    line = refuse(name, *quick(name, "--resume", "--out", "run"))
-    assert "last.pt" in line and "--resume" in line and not Path("run").exists()
+# --- flags ---------------------------------------------------------------------------------------
 
-# --- folders --------------------------------------------------------------------------------------
+FLAGS = [
+    ("--size 42", "--size"),
+    ("--size 64 42", "--size"),
+    ("--frac 0", "--frac"),
+    ("--frac 1.5", "--frac"),
+    ("--frac -0.5", "--frac"),
+    ("--epochs many", "--epochs"),
+    ("--colour red", "--colour"),
+]
 
-class TestFolder:
-    name = SEGMENTERS[0]
 
-    @pytest.fixture
-    def folder(self, here):
-        return write_folder(here / "f", 12)
+@each
+@pytest.mark.parametrize("flags, word", FLAGS)
+def test_flag(name, flags, word, refused):
+    assert word in refused(name, *flags.split())
 
-    def refused(self, refuse, folder, *flags):
-        return refuse(self.name, "--data", folder, *quick(self.name), *flags)
 
-    def test_missing(self, refuse):
-        assert "nowhere" in self.refused(refuse, "nowhere")
+@pytest.mark.parametrize("share", ["0.9-0.1", "0.1-1.5", "0-0", "a-b", "0.1", "-0.1-0.5", ""])
+def test_mask_of_pretrain(share, refused):
+    assert "--mask" in refused("pretrain", f"--mask={share}")
 
-    def test_empty(self, refuse):
-        Path("empty/images").mkdir(parents=True)
-        Path("empty/masks").mkdir()
-        assert "empty" in self.refused(refuse, "empty")
 
-    @pytest.mark.parametrize("kind", ("images", "masks"))
-    def test_mismatched(self, refuse, folder, kind):
-        file = sorted((folder / kind).iterdir())[4]
-        file.unlink()
-        assert file.stem in self.refused(refuse, folder)
+def test_exit_codes(here):
+    """As typed in a shell: 1 or 2, one line on stderr (after the usage, where a flag is wrong)."""
+    children = [
+        start("unet", "--data", "nowhere", cwd=here),
+        start("unet", "--frac", "2", cwd=here),
+    ]
+    errors = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [1, 2]
+    assert errors[0].startswith("nowhere: ") and errors[0].count("\n") == 1
+    assert errors[1].splitlines()[-1].startswith("unet.py: error: --frac 2.0")
 
-    def test_rgb_mask(self, refuse, folder):
-        drawn(0)[0].save(folder / "masks/004.png")
-        line = self.refused(refuse, folder)
-        assert "004" in line and "RGB" in line
 
-    @pytest.mark.parametrize("values", ([0, 200], [0, 1, 255], [3, 128, 255]))
-    def test_unexpected_values(self, refuse, folder, values):
-        for file in (folder / "masks").iterdir():
-            Image.fromarray(np.tile(np.repeat(np.array(values, np.uint8), 48 // len(values)), (40, 1))).save(file)
-        line = self.refused(refuse, folder)
-        assert "masks" in line and str(values[-1]) in line
+# --- folders -------------------------------------------------------------------------------------
 
-    def test_unequal_sizes(self, refuse, folder):
-        drawn(0, (20, 30), 2)[1].save(folder / "masks/004.png")
-        line = self.refused(refuse, folder)
-        assert "004" in line and "20" in line and "48" in line
 
-    def test_unreadable(self, refuse, folder):
-        (folder / "images/004.jpg").write_bytes(b"no photo")
-        assert "004.jpg" in self.refused(refuse, folder)
+@each
+def test_no_such_folder(name, refused):
+    line = refused(name, "--data", "nowhere")
+    assert "nowhere" in line and "images/" in line and "masks/" in line
 
-    def test_cut_off_photo(self, refuse, folder):
-        whole = (folder / "images/004.jpg").read_bytes()
-        (folder / "images/004.jpg").write_bytes(whole[:len(whole) // 2])
-        assert "004.jpg" in self.refused(refuse, folder)
 
-    def test_many_unreadable_photos_are_one_line(self, refuse, folder):
-        for file in sorted((folder / "images").iterdir()):
-            file.write_bytes(b"no photo")
-        self.refused(refuse, folder)
-        assert not list(Path("data").rglob("*.*"))
+@each
+def test_an_empty_folder(name, refused):
+    Path("mine/images").mkdir(parents=True)
+    assert "mine" in refused(name, "--data", "mine")
 
-    def test_one_photo(self, refuse, here):
-        self.refused(refuse, write_folder(here / "one", 1))
 
-@pytest.mark.parametrize("name", [n for n in BOTH if n != "finetune"])
-@pytest.mark.parametrize("data", ("nowhere", "empty", "catdog", "pets"))
-def test_no_photos(name, data, refuse):
-    if name != "pretrain" and data == "catdog":
-        pytest.skip("only pretrain.py has the four collections")
-    Path("empty").mkdir()
-    assert data in refuse(name, "--data", data, "--root", "empty", *quick(name))
+@each
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_file_without_its_partner(name, kind, folder, refused):
+    next(Path(folder, kind).glob("004.*")).unlink()
+    line = refused(name, "--data", folder)
+    assert "mine" in line and "004" in line
 
-# --- where it writes ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", TRAINING)
-class TestOut:
-    def test_holds_something_else(self, name, refuse):
-        Path("mine").mkdir()
-        Path("mine/thesis.txt").write_text("years of work")
-        assert "mine" in refuse(name, *quick(name, "--out", "mine"))
-        assert os.listdir("mine") == ["thesis.txt"] and not Path("mine.prev").exists()
+@each
+def test_a_part_without_masks(name, parted, refused):
+    for path in (parted / "test/masks").iterdir():
+        path.unlink()
+    line = refused(name, "--data", parted, "--ignore", 9)
+    assert "test" in line and "200" in line
 
-    @pytest.mark.parametrize("out", ("file", "file/run"))
-    def test_a_file_is_in_the_way(self, name, refuse, out):
-        Path("file").write_text("here first")
-        assert "file" in refuse(name, *quick(name, "--out", out))
-        assert Path("file").read_text() == "here first"
 
-    @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")),
-                             ids=("OSError", "RuntimeError"))
-    def test_full_disk(self, name, refuse, error, monkeypatch):
-        def full(state, file, *_, **__):
-            Path(file).write_bytes(b"half")
-            raise error
-        monkeypatch.setattr(torch, "save", full)
-        line = refuse(name, *quick(name, "--out", "run"))
-        assert ".pt" in line and str(error).split("]")[-1].strip() in line and "space" in line
-        assert [file for file in Path("run").rglob("*") if file.name != "log.jsonl"] == []
+@each
+def test_two_photos_of_one_name(name, folder, refused):
+    """004.jpg and 004.png: which of them does the mask belong to?"""
+    drawn(4)[0].save(folder / "images/004.png")
+    assert "mine" in refused(name, "--data", folder)
 
-    def test_full_disk_later_keeps_the_last_epoch(self, name, refuse, monkeypatch):
-        save, count = torch.save, [0]
-        def full(state, file, *_, **__):
-            count[0] += 1
-            if count[0] > 2:
-                raise OSError(28, "No space left on device")
-            return save(state, file)
-        monkeypatch.setattr(torch, "save", full)
-        refuse(name, *quick(name, "--out", "run"), "--epochs", "3")
-        assert torch.load("run/last.pt", weights_only=True)["epoch"] == 1
 
-@pytest.mark.parametrize("name", BOTH)
-def test_a_loss_that_is_not_finite(name, refuse, monkeypatch):
-    forward = load(name).VQVAE.forward
-    monkeypatch.setattr(load(name).VQVAE, "forward", lambda self, *args: tuple(
-        value * float("nan") if i == 0 and self.training else value for i, value in enumerate(forward(self, *args))))
-    line = refuse(name, *quick(name, "--out", "run"))
-    assert "epoch 1" in line and "--lr" in line and not Path("run/best.pt").exists()
+@each
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_photos(name, n, here, refused):
+    """One to train with, one to validate with and one to test with is the least."""
+    assert "mine" in refused(name, "--data", write_folder("mine", n))
 
-# --- programs -------------------------------------------------------------------------------------
 
-class Tiny(torch.nn.Module):
-    """Three classes at 16 x 16."""
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 3, 1)
+# --- files ---------------------------------------------------------------------------------------
 
-    def forward(self, x):
-        return self.conv(x)
 
-META = {"classes": ["pet", "background", "border"], "size": 16, "ignore": None}
+@each
+@pytest.mark.parametrize("file", ["images/004.jpg", "masks/004.png"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_file_that_is_cut_off(name, file, share, folder, refused):
+    path = folder / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert file in refused(name, "--data", folder)
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """The members of a good program: {name in the archive: bytes}."""
-    path = tmp_path_factory.mktemp("program") / "model.pt2"
-    program = torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 16, 16),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, path, extra_files={"meta.json": json.dumps(META)})
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
-def member(files, end):
-    name, = [name for name in files if name.endswith(end)]
-    return name
+@each
+def test_many_broken_files_are_one_line(name, folder, refused):
+    for path in (folder / "images").iterdir():
+        path.write_bytes(b"no photo")
+    assert "images/0" in refused(name, "--data", folder)
 
-def write(members, path="bad.pt2", method=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
 
-def change(files, end, function):
-    """A copy of the members in which one JSON file went through a function that changes it."""
-    value = json.loads(files[member(files, end)])
-    function(value)
-    return files | {member(files, end): json.dumps(value)}
+@each
+def test_a_mask_of_another_size(name, folder, refused):
+    drawn(4, (20, 30), 2)[1].save(folder / "masks/004.png")
+    line = refused(name, "--data", folder)
+    assert "masks/004.png" in line and "(64, 48)" in line and "size" in line
 
-def pickled(thing):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    return buffer.getvalue()
 
-def shell():
-    return f"__import__('os').system('echo ran > {Path.cwd() / 'ran'}')"
+@each
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32])
+def test_a_photo_of_more_than_8_bits(name, dtype, folder, refused):
+    (folder / "images/004.jpg").unlink()
+    pixels = np.asarray(drawn(4)[0].convert("L")).astype(dtype)
+    Image.fromarray(pixels).save(folder / "images/004.tif")
+    line = refused(name, "--data", folder)
+    assert "images/004.tif" in line and "8-bit" in line
 
-def nodes(graph):
-    return graph["graph_module"]["graph"]["nodes"]
 
-def node(target, *inputs):
-    return {"target": target, "inputs": list(inputs), "outputs": [{"as_none": True}], "metadata": {},
-            "is_hop_single_tensor_return": True, "name": "added"}
+@each
+def test_masks_as_jpeg(name, folder, refused):
+    """JPEG blurs: labels become many others."""
+    for path in list((folder / "masks").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    line = refused(name, "--data", folder)
+    assert "masks/0" in line and ".jpg" in line and "PNG" in line
 
-def score(*flags):
-    load("evaluate").main(["bad.pt2", "--data", "toy", *flags])
 
-def test_the_good_program_is_scored(files, capsys):
-    """Without this the refusals below would prove nothing."""
-    write(files)
-    score()
-    assert "bad.pt2" in capsys.readouterr().out
+# --- labels --------------------------------------------------------------------------------------
 
-def symbols(graph):
-    """Every expr_str in a graph, as (dictionary, key)."""
-    found, stack = [], [graph]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            found += [value] if "expr_str" in value else []
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-    return found
 
-def sizes(graph, text):
-    for holder in symbols(graph):
-        holder["expr_str"] = text
+def with_a_rim(labels):
+    """Grey between black and white, as drawing programs leave it."""
+    grey = labels * 255
+    grey[:2] = 128
+    return grey
 
-def layout(files, kind, context, names=None):
-    """The members with another kind of dictionary as the layout of the inputs by name."""
-    def put(graph):
-        signature = graph["graph_module"]["module_call_graph"][0]["signature"]
-        old = signature["in_spec"]
-        signature["in_spec"] = old.replace('"builtins.dict", "context": "[]"', f'"{kind}", "context": "' + (
-            context if names is not None else context.replace('"', '\\"')) + '"')
-        signature["forward_arg_names"] = signature["forward_arg_names"] if names is None else names
-        assert signature["in_spec"] != old
-    return change(files, "models/model.json", put)
 
-def escaped(text):
-    return "".join(c if c.isalnum() else f"\\u{ord(c):04x}" for c in text)
+def in_colours(labels):
+    red, blue = np.uint8([200, 0, 0]), np.uint8([0, 0, 200])
+    return np.where(labels[..., None] == 1, red, blue)
 
-ATTACKS = {        # what is in the archive, and what the message must name
-    "pickle in the sample inputs": lambda f: (
-        f | {member(f, "sample_inputs/model.pt"): pickled(([Code()], {}))}, "sample inputs"),
-    "pickled weight": lambda f: (change(
-        f | {f"{member(f, 'weights/weight_0')}": pickled(Code())}, "model_weights_config.json",
-        lambda c: [v.update(use_pickle=True) for v in c["config"].values()]), "pickle"),
-    "pickled constant": lambda f: (change(
-        f | {member(f, "weights/weight_0").replace("weights/weight_0", "constants/tensor_0"): pickled(Code())},
-        "model_constants_config.json", lambda c: c["config"].update(x={
-            "path_name": "tensor_0", "is_param": False, "use_pickle": True, "tensor_meta": None})), "pickle"),
-    "custom object": lambda f: (change(f, "model_constants_config.json", lambda c: c["config"].update(x={
-        "path_name": "custom_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None})), "custom_obj_0"),
-    "opaque object": lambda f: (f | {member(f, "weights/weight_0").replace(
-        "weights/weight_0", "constants/opaque_obj_0"): pickled(Code())}, "opaque_obj_0"),
-    "a size that calls": lambda f: (change(f, "models/model.json", lambda g: sizes(g, shell())), "size"),
-    "a symbol that calls": lambda f: (change(
-        f, "models/model.json", lambda g: sizes(g, f"Symbol('s0', positive={shell()})")), "size"),
-    "a node that loads code": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
-        target="torch.hub.load")), "torch.hub.load"),
-    "a node that calls the system": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
-        target="torch.os.system")), "torch.os.system"),
-    "another node that does": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
-        target="os.system")), "os.system"),
-    "a function as an argument": lambda f: (change(f, "models/model.json", lambda g: nodes(g).insert(0, node(
-        "torch.ops.higher_order.wrap", {"name": "func", "arg": {"as_operator": "torch.hub.load"}, "kind": 2}))), ""),
-    "code in the name of an argument": lambda f: (change(f, "models/model.json", lambda g: nodes(g).insert(0, node(
-        "torch.ops.higher_order.wrap", {"name": f"a={shell()}, b", "arg": {"as_int": 1}, "kind": 2}))), ""),
-    "code in the name of an input": lambda f: (change(
-        f, "models/model.json", lambda g: g["graph_module"]["module_call_graph"][0]["signature"].update(
-            forward_arg_names=[f"x={shell()}"])), ""),
-    "a factory in the layout of the inputs": lambda f: (layout(f, "collections.defaultdict", json.dumps(
-        {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []})), "one tensor"),
-    "the same in escapes": lambda f: (layout(f, "collections.default\\u0064ict", json.dumps(
-        {"default_\\u0066actory_module": "antigravity", "default_factory_name": "x", "dict_context": []})
-        .replace("\\\\", "\\")), "one tensor"),
-    "code in the layout, in escapes": lambda f: (layout(f, "builtins.dict", escaped(json.dumps(
-        [f"y={shell()},z=\"',#'\\\n    \"#\"\\\n"])), []), "one tensor"),
-    "a node that writes a file": lambda f: (change(f, "models/model.json", lambda g: nodes(g).insert(0, node(
-        "torch.ops.aten.from_file.default", {"name": "filename", "arg": {"as_string": "ran"}, "kind": 1},
-        {"name": "shared", "arg": {"as_bool": True}, "kind": 1}, {"name": "size", "arg": {"as_int": 6}, "kind": 1}))),
-        "from_file"),
-    "a node of torchvision that does": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
-        target="torch.ops.torchvision.write_file.default")), "write_file"),
-    "a node with underscores": lambda f: (change(f, "models/model.json", lambda g: nodes(g)[0].update(
-        target="torch.ops.aten.__class__")), "__class__"),
-    "guards": lambda f: (change(f, "models/model.json", lambda g: g.update(guards_code=[shell()])), "code"),
-    "a compiled library": lambda f: (
-        f | {member(f, "archive_format").replace("archive_format", "data/aotinductor/model/x.so"): b"\x7fELF"},
-        "aotinductor"),
-    "an old-style pickle of weights": lambda f: (
-        f | {member(f, "weights/weight_0").replace("weight_0", "model.pt"): pickled(Code())}, "model.pt"),
-    "no meta.json": lambda f: ({n: d for n, d in f.items() if not n.endswith("meta.json")}, "meta.json"),
-    "no graph": lambda f: ({n: d for n, d in f.items() if not n.endswith("model.json")}, "model.json"),
-    "meta without size": lambda f: (change(f, "meta.json", lambda m: m.pop("size")), "size"),
-    "meta without classes": lambda f: (change(f, "meta.json", lambda m: m.pop("classes")), "classes"),
-    "meta without ignore": lambda f: (change(f, "meta.json", lambda m: m.pop("ignore")), "ignore"),
-    "meta that is a list": lambda f: (f | {member(f, "meta.json"): "[1, 2]"}, ""),
-    "meta that is no JSON": lambda f: (f | {member(f, "meta.json"): "{"}, ""),
-    "a size of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(size="big")), ""),
-    "a label of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=300)), "300"),
-    "a label that is no number": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=True)), "ignore"),
-    "a label with a point": lambda f: (change(f, "meta.json", lambda m: m.update(ignore=1.0)), "ignore"),
-    "two classes of one name": lambda f: (change(f, "meta.json", lambda m: m.update(classes=list("aab"))), "names"),
-    "a name that moves the cursor": lambda f: (
-        change(f, "meta.json", lambda m: m.update(classes=["a", "b", "\x1b[2J"])), "names"),
-    "classes in one word": lambda f: (change(f, "meta.json", lambda m: m.update(classes="abc")), "names"),
-    "data that are a number": lambda f: (change(f, "meta.json", lambda m: m.update(args={"data": 5})), "args"),
-    "a root that is a number": lambda f: (change(f, "meta.json", lambda m: m.update(args={"root": 5})), "args"),
-    "arguments of nonsense": lambda f: (change(f, "meta.json", lambda m: m.update(args=None)), "args"),
-    "a negative size": lambda f: (change(f, "meta.json", lambda m: m.update(size=-16)), ""),
-    "a huge size": lambda f: (change(f, "meta.json", lambda m: m.update(size=10**7)), ""),
-    "another size than it takes": lambda f: (change(f, "meta.json", lambda m: m.update(size=32)), ""),
-    "more classes than it has": lambda f: (change(f, "meta.json", lambda m: m["classes"].append("x")), "4"),
+
+LABELS = {
+    "0 and 38": (lambda labels: labels * 38, "[0, 38]"),
+    "0, 1 and 7": (lambda labels: labels + 6 * (labels * np.arange(64) > 32).astype(np.uint8), "7"),
+    "no 0": (lambda labels: labels + 1, "[1, 2]"),
+    "black": (lambda labels: labels * 0, "[0]"),
+    "white": (lambda labels: labels * 0 + 255, "255"),
+    "black, grey and white": (with_a_rim, "128"),
+    "colours": (in_colours, "labels"),
 }
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_program_is_refused(attack, files, refuse, unharmed):
-    members, word = ATTACKS[attack](files)
-    write(members)
-    line = refuse("evaluate", "bad.pt2", "--data", "toy")
-    assert "bad.pt2" in line and "refused" in line and word in line
-    assert not Path("overlay.png").exists()
 
-class Grey(Tiny):
-    """Takes photos of one channel."""
-    def forward(self, x):
-        return self.conv(x.expand(-1, 3, -1, -1))
+@each
+@pytest.mark.parametrize("mistake", LABELS)
+def test_labels(name, mistake, folder, refused):
+    """The line has the labels that were found, and those that are wanted."""
+    values, word = LABELS[mistake]
+    change(folder, values)
+    line = refused(name, "--data", folder)
+    assert "mine" in line and word in line and "255" in line and "C-1" in line
 
-class Pair(Tiny):
-    """Answers with two tensors."""
-    def forward(self, x):
-        return self.conv(x), x
 
-class Diverged(Tiny):
-    """Has learned nothing but NaN."""
-    def __init__(self):
-        super().__init__()
-        self.conv.weight.data.fill_(float("nan"))
+@each
+def test_white_that_is_ignored(name, folder, refused):
+    """--ignore 255 on black and white leaves nothing but background."""
+    assert "[0]" in refused(name, "--data", folder, "--ignore", 255)
 
-class Norm(Tiny):
-    """Normalises with what is in the batch, as nobody called eval()."""
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Sequential(self.conv, torch.nn.BatchNorm2d(3))
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_program_in_training_mode(refuse, capsys):
-    for net in (Norm(), Norm().eval()):
-        program = torch.export.export(net, (torch.zeros(2, 3, 16, 16),),
-                                      dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
-        if net.training:
-            assert "eval()" in refuse("evaluate", "bad.pt2", "--data", "toy")
-    score()
-    assert "bad.pt2" in capsys.readouterr().out
+@each
+def test_a_mixture_of_0_1_and_0_255(name, folder, refused):
+    drawn(4, classes=2)[1].save(folder / "masks/004.png")
+    assert "255" in refused(name, "--data", folder)
 
-class Second(torch.nn.Module):
-    """Sees the second of two classes in the left half of every photo."""
-    def forward(self, x):
-        left = (torch.arange(x.shape[3]) < x.shape[3] // 2).float().expand(x.shape[0], 1, *x.shape[2:])
-        return torch.cat([1 - left, left], 1) + 0 * x[:, :2]
 
-@pytest.mark.filterwarnings("ignore")
-def test_two_channels_for_background_and_foreground(here, capsys):
-    """Both constant answers are there by their names, D5 is of the foreground, and a program of one channel for the
-    same photos stands in the same call."""
-    Path("f/images").mkdir(parents=True)
-    Path("f/masks").mkdir()
-    for i in range(20):
-        Image.new("RGB", (16, 16)).save(f"f/images/{i}.png")
-        mask = Image.new("L", (16, 16))
-        mask.paste(255, (0, 0, 4, 16))                                 # a quarter, inside the left half
-        mask.save(f"f/masks/{i}.png")
-    for path, net, classes in (("two.pt2", Second(), ["background", "foreground"]), ("one.pt2", Tiny(), ["foreground"])):
-        net = net if path == "two.pt2" else torch.nn.Sequential(net, torch.nn.Conv2d(3, 1, 1))
-        program = torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),),
-                                      dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-                                      if path == "two.pt2" else {"input": {0: torch.export.Dim("batch", min=1)}})
-        torch.export.save(program, path, extra_files={"meta.json": json.dumps(META | {"classes": classes})})
-    load("evaluate").main(["two.pt2", "one.pt2", "--data", "f", "--as-published", "--json", "s.json"])
-    out, scores = capsys.readouterr().out, json.loads(Path("s.json").read_text())[0]["scores"]
-    assert "all foreground" in out and scores["D5_iou"] == pytest.approx(0.5) == scores["classes"]["foreground"]["iou"]
-    line = next(line for line in out.splitlines() if line.startswith("all background"))
-    assert line.split()[2] == "0.7500"
+@each
+def test_grey_masks_of_every_value(name, here, refused):
+    """Soft masks have no gap in their labels, and are no 256 classes."""
+    g = np.random.default_rng(0)
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_program_for_few_photos(refuse):
-    program = torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 16, 16),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=8)},))
-    torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
-    assert "--batch-size" in refuse("evaluate", "bad.pt2", "--data", "toy")
-    score("--batch-size", "8")
+    def soft(labels):
+        return g.integers(0, 256, labels.shape).astype(np.uint8)
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("net, channels, free", ((Grey, 1, True), (Tiny, 3, False), (Pair, 3, True), (Diverged, 3, True)))
-def test_a_program_with_another_contract(net, channels, free, refuse):
-    """One channel, a fixed batch, two answers, answers that are no numbers."""
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if free else None
-    program = torch.export.export(net().eval(), (torch.zeros(2, channels, 16, 16),), dynamic_shapes=shapes)
-    torch.export.save(program, "bad.pt2", extra_files={"meta.json": json.dumps(META)})
-    assert "bad.pt2: refused" in refuse("evaluate", "bad.pt2", "--data", "toy")
+    assert "mine" in refused(name, "--data", write_folder("mine", 12, paint=soft))
 
-def test_zip_bomb(files, refuse):
-    name = member(files, "weights/weight_0").replace("weight_0", "weight_7")
-    write(files | {name: bytes(30_000_000)}, method=zipfile.ZIP_DEFLATED)
-    assert "unpacks" in refuse("evaluate", "bad.pt2", "--data", "toy")
 
-@pytest.mark.parametrize("share", (0, 0.3, 0.9, 0.999))
-def test_truncated_program(files, refuse, share):
-    write(files)
-    whole = Path("bad.pt2").read_bytes()
-    Path("bad.pt2").write_bytes(whole[:int(len(whole) * share)])
-    assert "bad.pt2" in refuse("evaluate", "bad.pt2", "--data", "toy")
+# --- checkpoints ---------------------------------------------------------------------------------
 
-def test_a_checkpoint_is_no_program(refuse):
-    torch.save({"model": torch.zeros(3)}, "bad.pt2")
-    assert "bad.pt2" in refuse("evaluate", "bad.pt2", "--data", "toy")
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("last", (False, True))
-def test_a_member_that_is_there_twice(files, refuse, unharmed, last):
-    """Readers differ in which of the two they take."""
-    name = member(files, "sample_inputs/model.pt")
-    with zipfile.ZipFile("bad.pt2", "w") as archive:
-        for key, data in files.items():
-            both = [data, pickled(([Code()], {}))] if last else [pickled(([Code()], {})), data]
-            for content in both if key == name else [data]:
-                archive.writestr(key, content)
-    refuse("evaluate", "bad.pt2", "--data", "toy")
+@each
+def test_init_that_is_not_there(name, refused):
+    line = refused(name, "--init", "nowhere/best.pt")
+    assert "nowhere/best.pt" in line and "run python" in line
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_archive_with_two_directories(files, unharmed, capsys):
-    """Python reads a zip from its end, torch from the offset written there: one file, two contents.
-    It may be refused, or the harmless content scored; the other may not be loaded."""
-    def parts(members):
-        write(members)
-        raw = Path("bad.pt2").read_bytes()
-        end = raw.rindex(b"PK\5\6")
-        directory = struct.unpack_from("<I", raw, end + 16)[0]
-        return raw[:directory], raw[directory:end], raw[end:]
-    name = member(files, "sample_inputs/model.pt")
-    bad, bad_directory, _ = parts(files | {name: pickled(([Code()], {})) + bytes(20_000)})
-    good, directory, end = parts(files)
-    directory, end, place = bytearray(directory), bytearray(end), 0
-    while place < len(directory):            # offsets as Python will read them
-        lengths = struct.unpack_from("<HHH", directory, place + 28)
-        offset, = struct.unpack_from("<I", directory, place + 42)
-        struct.pack_into("<I", directory, place + 42, offset + len(bad) - len(good))
-        place += 46 + sum(lengths)
-    struct.pack_into("<I", end, 16, len(bad))
-    Path("bad.pt2").write_bytes(bad + bad_directory + good + directory + end)
-    with zipfile.ZipFile("bad.pt2") as archive:
-        assert archive.read(name) == files[name]                 # the trick works
-    try:
-        score()
-    except SystemExit as stop:
-        assert stop.code == 2 and "bad.pt2" in capsys.readouterr().err
 
-# --- evaluate -------------------------------------------------------------------------------------
+def test_finetune_before_pretrain(refuse):
+    line = refuse("finetune", "--size", "32")
+    assert "checkpoints/pretrain/best.pt" in line and "python pretrain.py" in line
 
-def test_nothing_to_evaluate(refuse):
-    line = refuse("evaluate")
-    assert "python pretrain.py" in line and "python finetune.py" in line
 
-@pytest.mark.parametrize("run", ("nowhere", "nowhere.pt2"))
-def test_a_run_that_is_not_there(run, refuse):
-    assert run in refuse("evaluate", run)
+@each
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_init_that_is_cut_off(name, share, refused):
+    state = {"script": f"{name}.py", "args": {}, "model": {"weight": torch.zeros(9999)}}
+    torch.save(state, "bad.pt")
+    whole = Path("bad.pt").read_bytes()
+    Path("bad.pt").write_bytes(whole[: int(share * len(whole))])
+    assert "bad.pt" in refused(name, "--init", "bad.pt")
 
-def test_a_run_without_a_program(refuse):
-    Path("run").mkdir()
-    assert "run" in refuse("evaluate", "run")
 
-def test_a_program_that_names_no_data(files, refuse):
-    write(files)
-    assert "--data" in refuse("evaluate", "bad.pt2")
+@each
+@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, Path("a class")])
+def test_init_that_is_something_else(name, content, refused):
+    torch.save(content, "bad.pt")
+    assert "bad.pt" in refused(name, "--init", "bad.pt")
 
-def test_classes_that_do_not_fit(files, refuse, parted):
-    write(change(files, "meta.json", lambda m: m.update(ignore=9)))
-    line = refuse("evaluate", "bad.pt2", "--data", parted)
-    assert "pet" in line and "bad.pt2" in line
 
-def test_a_binary_program_on_three_classes(files, refuse):
-    write(change(files, "meta.json", lambda m: m.update(classes=["a", "b", "c"])))
-    assert "classes" in refuse("evaluate", "bad.pt2", "--data", "toy")
+@each
+def test_init_of_another_script(name, refused):
+    torch.save({"script": "evaluate.py", "args": {}, "model": {}}, "bad.pt")
+    line = refused(name, "--init", "bad.pt")
+    assert "bad.pt" in line and "evaluate.py" in line and f"{name}.py" in line
 
-@pytest.mark.parametrize("log", ('{"epoch": 1, "train_loss": 0.5}', "", '{"epoch": 1', "[3]"))
-def test_a_log_of_somebody_else(log, files, here, capsys):
-    """A program of one's own, with a log of one's own beside it: scores, pictures, no curves."""
-    Path("run").mkdir()
-    write(files, "run/model.pt2")
-    Path("run/log.jsonl").write_text(log)
-    load("evaluate").main(["run", "--data", "toy"])
-    assert "no curves" in capsys.readouterr().out and Path("run/overlay.png").exists()
-    assert not Path("run/curves.png").exists()
 
-def test_a_folder_in_the_place_of_the_scores(files, refuse, monkeypatch):
-    write(files)
-    monkeypatch.setattr(load("evaluate"), "run_program", None)             # it ends before
-    assert "--json ." in refuse("evaluate", "bad.pt2", "--data", "toy", "--json", ".")
+@pytest.mark.parametrize("name", TRAINING)
+def test_resume_of_no_run(name, refused):
+    line = refused(name, "--resume")
+    assert f"checkpoints/{name}/last.pt" in line and f"python {name}.py" in line
 
-def test_pictures_that_cannot_be_written(files, here, capsys):
-    """The scores stand on the terminal and in the file all the same."""
-    write(files)
-    Path("bad-overlay.png").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        score("--json", "s.json")
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and "bad-overlay.png" in err and "all background" in out
-    assert json.loads(Path("s.json").read_text())[0]["scores"]["miou"] > 0
 
-def test_scores_that_cannot_be_written(files, refuse):
-    write(files)
-    Path("file").write_text("here first")
-    assert "file" in refuse("evaluate", "bad.pt2", "--data", "toy", "--json", "file/scores.json")
+def small_run(name, folder, *flags):
+    load(name).main([*SMALL[name], "--data", str(folder), "--epochs", "1", "--out", "run", *flags])
+
+
+@each
+def test_resume_with_other_photos(name, folder, refuse):
+    small_run(name, folder)
+    write_folder(folder, 9, first=50)
+    assert "photos" in refuse(name, "--resume", "--out", "run")
+
+
+def test_resume_with_another_width(folder, refuse):
+    small_run("unet", folder)
+    line = refuse("unet", "--resume", "--out", "run", "--width", "8")
+    assert "run/last.pt" in line or "width" in line
+
+
+@each
+def test_a_refusal_leaves_the_old_run(name, folder, refuse):
+    small_run(name, folder)
+    refuse(name, *SMALL[name], "--data", "nowhere", "--out", "run")
+    refuse(name, *SMALL[name], "--data", folder, "--out", "run", "--init", "nowhere/best.pt")
+    assert checkpoint("run/last.pt")["script"] == f"{name}.py"
+    assert not Path("run.prev").exists()
+
+
+@each
+def test_init_of_another_class_count(name, folder, capsys):
+    """All tensors but the head's come along, whatever the number of classes."""
+    small_run(name, folder)
+    two = checkpoint("run/best.pt")["model"]
+    write_folder("three", 18, paint=same, classes=3)
+    capsys.readouterr()
+    small_run(name, "three", "--init", "run/best.pt", "--out", "other")
+    init = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("init"))
+    taken = int(init.split()[1])
+    assert len(two) - 4 <= taken < len(two)
+    assert checkpoint("other/best.pt")["args"]["classes"] == ["0", "1", "2"]
+
+
+# --- downloads and divergence --------------------------------------------------------------------
+
+
+@each
+def test_a_download_that_fails(name, monkeypatch, refused):
+    def broken(*_, **__):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", broken)
+    line = refused(name, "--data", "pets")
+    for word in ["no route to host", "images.tar.gz", "annotations.tar.gz", "robots.ox.ac.uk"]:
+        assert word in line
+
+
+def test_weights_that_cannot_be_downloaded(folder, monkeypatch, refused):
+    def broken(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", broken)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", broken)
+    line = refused("unet", "--data", folder, "--encoder", "resnet34", "--init", "imagenet")
+    assert "no route to host" in line and "resnet34" in line and "by hand" in line
+
+
+@each
+def test_a_loss_that_is_not_finite(name, folder, refuse):
+    """The line has the epoch and advice; the epochs before are kept."""
+    flags = [*SMALL[name], "--data", folder, "--out", "run", "--epochs", "9", "--lr", "1e30"]
+    line = refuse(name, *flags)
+    assert "not finite" in line and "epoch" in line and "--lr" in line
+    kept = checkpoint("run/last.pt")["history"]
+    assert f"epoch {len(kept) + 1} " in line
+    assert all(np.isfinite(row["loss"]) for row in kept)
+
+
+# --- evaluate.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["nowhere", "empty"])
+def test_evaluate_of_no_program(run, refuse):
+    Path("empty").mkdir()
+    line = refuse("evaluate", run)
+    assert run in line and "python" in line

@@ -1,437 +1,324 @@
-"""Toy pictures, pets, folders, the four collections, augmentation and the cache."""
-import os, zipfile
+"""What the segmenters read: drawn pets, the real ones, folders, masks of all kinds, the cache."""
+
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import drawn, load, same, white, write_folder
 from PIL import Image
 
-from conftest import BREEDS, SCRIPTS, SEGMENTERS, drawn, load, write_cifar, write_folder, write_pets
-
-m = load(SEGMENTERS[0])
+m = load("unet")  # the data section is the same text in every segmenter (test_copies.py)
 pytestmark = pytest.mark.usefixtures("here")
 
-# --- toy ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", ((32, 32), (32, 48), (96, 64)))
-def test_toy(size):
-    images, masks, breeds = m.draw_toy(74, size, 5)
-    again, same, _ = m.draw_toy(74, size, 5)
-    other, _, _ = m.draw_toy(74, size, 6)
-    assert images.shape == (74, 3, *size) and masks.shape == (74, *size)
+def read(*flags):
+    """load_data for these flags -> ((images, masks) to train on, those to validate with), args."""
+    args = m.parse_args(["--size", "32", "--device", "cpu", *map(str, flags)])
+    return (*m.load_data(args), args)
+
+
+def parts(folder):
+    """{"train", "val", "test": names of photos}"""
+    args = m.parse_args(["--data", str(folder)])
+    found = m.list_photos(args)
+    return {part: [photo.stem for photo, _ in pairs] for part, pairs in found.items()}
+
+
+# --- drawn pets ----------------------------------------------------------------------------------
+
+
+def test_toy_hangs_on_its_seed():
+    images, masks = m.draw_toy(8, (32, 64), seed=5)
+    again = m.draw_toy(8, (32, 64), seed=5)
+    other = m.draw_toy(8, (32, 64), seed=6)
+    assert images.shape == (8, 3, 32, 64) and masks.shape == (8, 32, 64)
     assert images.dtype == masks.dtype == torch.uint8
-    assert torch.equal(images, again) and torch.equal(masks, same) and not torch.equal(images, other)
-    share = masks.flatten().bincount() / masks.numel()
-    assert len(share) == 3 and 0.08 < share[0] < 0.5 and 0.35 < share[1] < 0.8 and 0.05 < share[2] < 0.35
-    assert all((masks == label).flatten(1).any(1).all() for label in range(3))
-    assert len(set(breeds)) == 37 and sum(breed[0].isupper() for breed in set(breeds)) == 12
+    assert torch.equal(images, again[0]) and torch.equal(masks, again[1])
+    assert not torch.equal(images, other[0])
 
-def test_toy_border_lies_between():
-    """Off the picture's edge, pet and background touch nowhere."""
-    masks = m.draw_toy(37, (64, 64), 5)[1][:, 2:-2, 2:-2]
-    for a, b in ((masks[:, 1:], masks[:, :-1]), (masks[:, :, 1:], masks[:, :, :-1])):
-        assert not ((a == 0) & (b == 1) | (a == 1) & (b == 0)).any()
 
-def test_toy_colour_alone_does_not_tell():
-    """The mean colours of pet and background differ by less than they vary between pictures."""
-    images, masks, _ = m.draw_toy(256, (32, 32), 5)
-    x = images.float() / 255
-    mean = [torch.stack([x[i][:, masks[i] == label].mean(1) for i in range(256)]) for label in (0, 1)]
-    assert (mean[0] - mean[1]).mean(0).abs().max() < 0.25 * mean[0].std(0).min()
+def test_toy_has_three_labels_in_every_picture():
+    _, masks = m.draw_toy(64, (32, 32), seed=5)
+    for label, low, high in [(0, 0.05, 0.5), (1, 0.3, 0.9), (2, 0.02, 0.3)]:
+        share = (masks == label).flatten(1).float().mean(1)
+        assert share.min() > 0 and low < share.mean() < high
 
-def test_toy_parts():
-    train, val, test = (m.load_split("toy", "data", part, [16, 16], None) for part in ("train", "val", "test"))
-    assert len(train[0]) + len(val[0]) == 1110 and len(val[0]) == 111 and len(test[0]) == 256
-    assert [len(part[2]) for part in (train, val, test)] == [len(part[0]) for part in (train, val, test)]
+
+def test_toy_border_lies_between_pet_and_ground():
+    _, masks = m.draw_toy(32, (64, 64), seed=5)
+    for a, b in [(masks[:, 1:], masks[:, :-1]), (masks[:, :, 1:], masks[:, :, :-1])]:
+        touching = (a == 0) & (b == 1) | (a == 1) & (b == 0)
+        assert touching.float().mean() < 0.002
+
+
+def test_colour_alone_does_not_segment_the_toy():
+    """Nearly nowhere is the pet's colour the pet's alone: whoever paints every pixel whose colour
+    is near that of the pet loses a good part to the ball. And no colour is a pet's in general."""
+    images, masks = m.draw_toy(64, (32, 32), seed=5)
+    x = images / 255
+    ious, coats, grounds = [], [], []
+    for photo, mask in zip(x, masks):
+        coat = photo[:, mask == 0].median(1).values
+        near = (photo - coat[:, None, None]).abs().amax(0) < 0.3
+        pet = mask == 0
+        ious.append((near & pet).sum() / (near | pet).sum())
+        coats.append(coat)
+        grounds.append(photo[:, mask == 1].median(1).values)
+    assert torch.stack(ious).mean() < 0.75
+    difference = torch.stack(coats).mean(0) - torch.stack(grounds).mean(0)
+    assert difference.abs().max() < torch.stack(coats).std(0).min()
+
+
+def test_toy_has_no_photo_in_both_parts():
+    train, val, _ = read("--data", "toy")
+    assert len(train[0]) == 1000 and len(val[0]) == 110
     seen = {image.numpy().tobytes() for image in train[0]}
-    assert not any(image.numpy().tobytes() in seen for part in (val, test) for image in part[0])
-    assert train[3] == ["pet", "background", "border"]
+    assert not any(image.numpy().tobytes() in seen for image in val[0])
 
-# --- subsets --------------------------------------------------------------------------------------
 
-def test_subsets_are_nested_and_by_breed():
-    breeds = [breed for i, breed in enumerate(BREEDS) for _ in range(10 * (i + 1))]
-    parts = {share: set(m.subset(breeds, share)[0]) for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1)}
-    shares = sorted(parts)
-    assert all(parts[a] <= parts[b] for a, b in zip(shares, shares[1:]))
-    assert len(parts[1]) == len(breeds) and m.subset(breeds, 1)[1] == []
-    for share, part in parts.items():
-        for i, breed in enumerate(BREEDS):
-            own = sum(breeds[j] == breed for j in part)
-            assert abs(own - share * 10 * (i + 1)) < 1 and own >= 1, (share, breed)
-    kept, rest = m.subset(breeds, 0.25)
-    assert sorted(kept + rest) == list(range(len(breeds)))
+# --- the real pets -------------------------------------------------------------------------------
 
-def test_subset_is_at_random_and_the_same_every_time():
-    breeds = ["a"] * 100
-    kept = m.subset(breeds, 0.5)[0]
-    assert kept == m.subset(breeds, 0.5)[0] and kept != list(range(50))
-    torch.manual_seed(9)
-    assert kept == m.subset(breeds, 0.5)[0]
-
-# --- pets -----------------------------------------------------------------------------------------
 
 def test_pets(pets):
-    parts = {part: m.load_split("pets", pets, part, [24, 32], None) for part in ("train", "val", "test")}
-    assert [len(part[0]) for part in parts.values()] == [35, 5, 10]
-    for images, masks, breeds, names in parts.values():
-        assert images.shape[1:] == (3, 24, 32) and masks.shape[1:] == (24, 32)
-        assert masks.unique().tolist() == [0, 1, 2] and names == ["pet", "background", "border"]
-        assert set(breeds) == set(BREEDS)
-    assert all(parts["train"][2].count(b) == 7 and parts["val"][2].count(b) == 1 for b in BREEDS)
-    pairs = [set(m.pet_files(pets, part)[0]) for part in ("train", "val", "test")]
-    assert len(set.union(*pairs)) == 50
-    assert all(int(photo.stem.rsplit("_", 1)[1]) > 8 for photo, _ in pairs[2])      # the official test
-    images, masks, *_ = parts["train"]
-    bright = images.float().mean(1)
-    assert bright[masks == 0].mean() > bright[masks == 1].mean() + 100              # label 0 is the pet
+    """The official test photos stay away; trimaps 1, 2, 3 are pet, background, border."""
+    train, val, args = read("--data", "pets", "--root", pets)
+    assert args.classes == ["pet", "background", "border"]
+    assert len(train[0]) + len(val[0]) == 40 and len(val[0]) > 0
+    assert train[1].unique().tolist() == [0, 1, 2]
+    brightness = train[0].float().mean(1)
+    assert brightness[train[1] == 0].mean() > brightness[train[1] == 1].mean() + 100
+    found = m.list_photos(args)
+    assert len(found["test"]) == 10
+    assert all(int(photo.stem.rsplit("_", 1)[1]) > 8 for photo, _ in found["test"])
 
-def test_a_failed_download_names_the_steps(refuse, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no route\nto host")
-    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", broken)
-    line = refuse(SEGMENTERS[0], "--data", "pets", *(["--init", "none"] if SEGMENTERS[0] == "finetune" else []))
-    for word in ("no route", "images.tar.gz", "annotations", "robots.ox.ac.uk", "--data toy"):
-        assert word in line
 
-def test_download_of_the_pets(monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", lambda root, download: write_pets(root))
-    assert len(m.load_split("pets", "data", "train", [16, 16], None)[0]) == 35
+# --- parts of a folder ---------------------------------------------------------------------------
 
-# --- folders --------------------------------------------------------------------------------------
 
-def parts_of(folder, ignore=None, size=(24, 24)):
-    return {part: m.load_split(str(folder), "data", part, list(size), ignore) for part in ("train", "val", "test")}
+def test_a_flat_folder_is_parted(tmp_path):
+    found = parts(write_folder(tmp_path / "f", 60, (8, 8)))
+    names = found["train"] + found["val"] + found["test"]
+    assert sorted(names) == [f"{i:03}" for i in range(60)]
+    assert 1 <= len(found["val"]) <= 12 and 1 <= len(found["test"]) <= 12
 
-@pytest.mark.parametrize("paint", (lambda x: x * 255, lambda x: x, lambda x: x.astype(bool)))
-def test_flat_binary_folder(tmp_path, paint):
-    """0 and 255, 0 and 1, and pictures of one bit are all one class."""
-    parts = parts_of(write_folder(tmp_path / "f", 30, paint=paint))
-    assert [len(part[0]) for part in parts.values()] == [24, 3, 3]
-    for images, masks, _, names in parts.values():
-        assert names == ["foreground"] and masks.unique().tolist() == [0, 1]
-        assert images.float().mean(1)[masks == 1].mean() > images.float().mean(1)[masks == 0].mean() + 100
-    files = [m.folder_files(tmp_path / "f", part)[0] for part in ("train", "val", "test")]
-    assert len({pair for part in files for pair in part}) == 30
 
-def test_parted_folder(parted):
-    parts = parts_of(parted, 9, (20, 32))
-    assert [len(part[0]) for part in parts.values()] == [16, 5, 6]
-    for images, masks, _, names in parts.values():
-        assert images.shape[2:] == (20, 32) and names == ["0", "1", "2"]
-        assert masks.unique().tolist() == [0, 1, 2, m.IGNORE] and (masks[:, 0] == m.IGNORE).all()
+@pytest.mark.parametrize("n", [3, 10, 40])
+def test_a_photo_that_is_added_moves_none_from_train_to_test(tmp_path, n):
+    folder = write_folder(tmp_path / "f", n, (8, 8))
+    before = parts(folder)
+    for i in range(n, n + 30):
+        write_folder(folder, 1, (8, 8), first=i)
+        after = parts(folder)
+        assert not set(before["train"]) & set(after["test"])
+        before = after
 
-def test_missing_val_is_cut_from_train(parted):
-    for file in sorted((parted / "val").rglob("*.*")):
-        file.unlink()
-    for folder in ("val/images", "val/masks", "val"):
-        (parted / folder).rmdir()
-    files = {part: m.folder_files(parted, part)[0] for part in ("train", "val", "test")}
-    assert len(files["val"]) == 2 and len(files["train"]) == 14 and len(files["test"]) == 6
-    assert not set(files["train"]) & set(files["val"])
 
-def test_ignored_255_beside_labels(tmp_path):
-    def paint(labels):
-        labels = labels.copy()
-        labels[:3] = 255
-        return labels
-    images, masks, _, names = parts_of(write_folder(tmp_path / "f", 12, paint=paint, classes=3), 255)["train"]
-    assert names == ["0", "1", "2"] and masks.unique().tolist() == [0, 1, 2, m.IGNORE]
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_official_parts(parted, name):
+    shutil.move(parted / "val", parted / "moved")
+    shutil.move(parted / "moved", parted / name)
+    found = parts(parted)
+    assert {part: len(names) for part, names in found.items()} == {"train": 16, "val": 5, "test": 6}
+    assert min(found["val"]) == "100" and min(found["test"]) == "200"
 
-def test_palette_masks_are_labels(tmp_path):
-    folder = write_folder(tmp_path / "f", 12, paint=lambda x: x, classes=3)
-    for file in (folder / "masks").iterdir():
-        mask = Image.open(file)
-        mask.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-        mask.save(file)
-    assert parts_of(folder)["train"][1].unique().tolist() == [0, 1, 2]
 
-def test_stray_files_are_left_alone(tmp_path):
-    folder = write_folder(tmp_path / "f", 12)
-    (folder / "images/.DS_Store").write_bytes(b"x")
-    assert len(parts_of(folder)["train"][0]) > 0
+def test_a_missing_val_is_cut_from_train(parted):
+    shutil.rmtree(parted / "val")
+    found = parts(parted)
+    assert len(found["val"]) >= 1 and len(found["test"]) == 6
+    assert sorted(found["train"] + found["val"]) == [f"{i:03}" for i in range(16)]
 
-# --- photos upright, masks aligned ----------------------------------------------------------------
+
+def test_frac_is_nested_and_leaves_val_alone(flat):
+    train, val, _ = read("--data", flat)
+    half, val_of_half, _ = read("--data", flat, "--frac", 0.5, "--seed", 7)
+    quarter, _, _ = read("--data", flat, "--frac", 0.25)
+    assert len(half[0]) == -(-len(train[0]) // 2)
+    assert torch.equal(half[0], train[0][: len(half[0])])
+    assert torch.equal(quarter[0], half[0][: len(quarter[0])])
+    assert torch.equal(val[0], val_of_half[0])
+
+
+def test_masks_may_be_named_after_their_photos(flat):
+    """x_mask.png and x_gt.png belong to x.jpg; files that are no pictures do not count."""
+    want = parts(flat)
+    for i, mask in enumerate(sorted((flat / "masks").iterdir())):
+        mask.rename(mask.with_stem(mask.stem + ["_mask", "_gt"][i % 2]))
+    for name in [".DS_Store", "Thumbs.db", "000.mat", "_classes.csv"]:
+        (flat / "images" / name).write_bytes(b"no picture")
+    found = parts(flat)
+    assert {part: sorted(names) for part, names in found.items()} == {
+        part: sorted(names) for part, names in want.items()
+    }
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def rewrite(folder, convert, ending="png"):
+    """Every mask of the folder through convert(PIL image) -> image, saved with that ending."""
+    for path in sorted(Path(folder, "masks").iterdir()):
+        mask = convert(Image.open(path))
+        path.unlink()
+        mask.save(path.with_suffix(f".{ending}"))
+
+
+def white_is_index_0(mask):
+    """Two colours in a palette, of which white comes first."""
+    flipped = Image.fromarray((np.asarray(mask) == 0).astype(np.uint8), "P")
+    flipped.putpalette([255, 255, 255, 0, 0, 0])
+    return flipped
+
+
+BLACK_AND_WHITE = {
+    "grey 0 and 255": lambda mask: mask,
+    "labels 0 and 1": lambda mask: mask.point(lambda value: value // 255),
+    "one bit": lambda mask: mask.convert("1"),
+    "RGB": lambda mask: mask.convert("RGB"),
+    "RGBA": lambda mask: mask.convert("RGBA"),
+    "grey and alpha": lambda mask: mask.convert("LA"),
+    "a palette": lambda mask: mask.convert("P"),
+    "a palette, white first": white_is_index_0,
+}
+
+
+@pytest.mark.parametrize("kind", BLACK_AND_WHITE)
+def test_black_and_white_in_any_mode(flat, kind):
+    """However they are saved, the bright ellipses of the photos are the foreground."""
+    rewrite(flat, BLACK_AND_WHITE[kind])
+    (images, masks), _, args = read("--data", flat)
+    assert args.classes == ["background", "foreground"] and masks.unique().tolist() == [0, 1]
+    bright = images.float().mean(1) > 125
+    assert (bright == (masks == 1)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("kind", ["grey 0 and 255", "a palette, white first"])
+@pytest.mark.parametrize("ending", ["gif", "bmp", "tif"])
+def test_black_and_white_in_other_formats(flat, kind, ending):
+    rewrite(flat, BLACK_AND_WHITE[kind], ending)
+    (images, masks), _, _ = read("--data", flat)
+    bright = images.float().mean(1) > 125
+    assert (bright == (masks == 1)).float().mean() > 0.97
+
+
+def test_labels_are_classes(parted):
+    """0, 1, 2, and 9, which --ignore leaves out."""
+    (_, masks), _, args = read("--data", parted, "--ignore", 9)
+    assert args.classes == ["0", "1", "2"]
+    assert masks.unique().tolist() == [0, 1, 2, m.IGNORE]
+    assert (masks[:, 0] == m.IGNORE).all()
+
+
+def test_labels_as_gif_keep_their_numbers(tmp_path):
+    """A GIF's writer may renumber the indices, but not the grey values."""
+    folder = write_folder(tmp_path / "f", 16, paint=same, classes=3)
+    for i, path in enumerate(sorted((folder / "masks").iterdir())):
+        if i % 2 == 0:  # half of the masks have no border
+            Image.open(path).point(lambda label: label % 2).save(path)
+    want = read("--data", folder)[0][1]
+    rewrite(folder, lambda mask: mask, "gif")
+    assert torch.equal(read("--data", folder)[0][1], want)
+
+
+def test_a_line_shows_the_share_of_each_label(flat, capsys):
+    train, val, _ = read("--data", flat)
+    share = torch.cat([train[1], val[1]]).float().mean()
+    line = capsys.readouterr().out.partition("masks")[2].splitlines()[0]
+    assert "background" in line and f"foreground {share:.1%}" in line
+
+
+def test_masks_are_resized_without_new_labels(tmp_path):
+    drawn(1, (63, 41))[0].save(tmp_path / "photo.png")
+    labels = np.random.default_rng(0).choice([0, 7, 30], (41, 63)).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    pixels = m.read_pair((tmp_path / "photo.png", tmp_path / "mask.png"), [24, 24])
+    assert pixels.shape == (24, 24, 4) and set(np.unique(pixels[..., 3])) == {0, 7, 30}
+
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(tmp_path, orientation):
-    """The photo lies as its camera stored it, the mask upright: read, they fit."""
-    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}       # the inverse, as PIL's Transpose
+def test_a_turned_photo_fits_its_upright_mask(tmp_path, orientation):
+    """A phone stores the photo as its sensor saw it, and in EXIF how to turn it."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose that the viewer undoes
     photo, labels = drawn(3, (64, 40), 2)
     if orientation > 1:
-        photo = photo.transpose(Image.Transpose(turn[orientation]))
+        photo = photo.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[274] = orientation
     photo.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     labels.save(tmp_path / "mask.png")
     pixels = m.read_pair((tmp_path / "photo.jpg", tmp_path / "mask.png"), [40, 64])
-    seen = pixels[:3].mean(0) > 125
-    assert (seen == (pixels[3] == 1)).mean() > 0.97
+    bright = pixels[..., :3].mean(2) > 125
+    assert (bright == (pixels[..., 3] == 1)).mean() > 0.97
 
-def test_masks_are_resized_without_new_labels(tmp_path):
-    photo, _ = drawn(1, (63, 41))
-    photo.save(tmp_path / "photo.png")
-    Image.fromarray(np.random.default_rng(0).choice([0, 7, 30], (41, 63)).astype(np.uint8)).save(tmp_path / "mask.png")
-    assert set(np.unique(m.read_pair((tmp_path / "photo.png", tmp_path / "mask.png"), [24, 24])[3])) == {0, 7, 30}
 
-def test_augmentation_moves_photo_and_mask_together():
-    """The mask painted into the photo, in black and white, is still the mask."""
-    torch.manual_seed(0)
-    masks = m.draw_toy(64, (48, 64), 5)[1]
-    masks = (masks == 1).byte()
-    images = (masks * 255)[:, None].repeat(1, 3, 1, 1)
-    before = images.clone(), masks.clone()
-    x, y = m.augment(images, masks)
-    assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
-    assert x.shape == (64, 3, 48, 64) and x.min() >= 0 and x.max() <= 1
-    assert y.dtype == torch.uint8 and set(y.unique().tolist()) <= {0, 1}
-    grey = x.mean(1)
-    middle = (grey.amax((1, 2), True) + grey.amin((1, 2), True)) / 2
-    mixed = y.float().mean((1, 2))
-    both = (mixed > 0.05) & (mixed < 0.95)
-    assert both.sum() > 40
-    assert ((grey > middle) == (y == 1))[both].float().mean() > 0.985
-    assert (y != masks).flatten(1).any(1).float().mean() > 0.9
+# --- the cache -----------------------------------------------------------------------------------
 
-def test_augmentation_keeps_labels_and_hangs_on_the_seed():
-    images, masks, _ = m.draw_toy(8, (32, 32), 5)
-    masks[:, :4] = m.IGNORE
-    torch.manual_seed(1)
-    x, y = m.augment(images, masks)
-    torch.manual_seed(1)
-    again, same = m.augment(images, masks)
-    assert torch.equal(x, again) and torch.equal(y, same)
-    assert set(y.unique().tolist()) <= {0, 1, 2, m.IGNORE}
-    assert not torch.equal(x, m.augment(images, masks)[0])
-
-# --- the cache ------------------------------------------------------------------------------------
 
 @pytest.fixture
-def reads(monkeypatch):
-    """The pairs that were decoded from their files."""
-    seen, read = [], m.read_pair
-    monkeypatch.setattr(m, "read_pair", lambda pair, size: seen.append(pair) or read(pair, size))
+def decoded(monkeypatch):
+    """The pairs that were read from their files."""
+    seen, read_pair = [], m.read_pair
+
+    def counted(pair, size):
+        seen.append(pair)
+        return read_pair(pair, size)
+
+    monkeypatch.setattr(m, "read_pair", counted)
     return seen
 
-def caches():
-    return sorted(Path("data/cache").glob("*"))
 
-def test_second_start_reads_the_cache(flat, reads, capsys):
-    first = m.load_split(str(flat), "data", "train", [24, 24], None)
-    assert len(reads) == 24 and "decoded" in capsys.readouterr().out and len(caches()) == 1
-    second = m.load_split(str(flat), "data", "train", [24, 24], None)
-    assert len(reads) == 24 and capsys.readouterr().out == ""
-    assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2]))
+def test_the_second_start_reads_the_cache(flat, decoded):
+    first, _, _ = read("--data", flat)
+    once = len(decoded)
+    second, _, _ = read("--data", flat)
+    assert len(decoded) == once > 0
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
-def test_deleting_the_cache_changes_nothing(flat, reads):
-    first = m.load_split(str(flat), "data", "train", [24, 24], None)
-    caches()[0].unlink()
-    second = m.load_split(str(flat), "data", "train", [24, 24], None)
-    assert len(reads) == 48 and all(torch.equal(a, b) for a, b in zip(first[:2], second[:2]))
 
-def test_the_key_hangs_on_files_and_size(flat, reads):
-    m.load_split(str(flat), "data", "train", [24, 24], None)
-    m.load_split(str(flat), "data", "train", [16, 24], None)
-    assert len(reads) == 48 and len(caches()) == 2
-    photo, mask = reads[0]
-    images = m.load_split(str(flat), "data", "train", [24, 24], None)[0].clone()
-    Image.fromarray(255 - np.asarray(Image.open(photo))).save(photo)       # other pixels
-    os.utime(photo, ns=(1, photo.stat().st_mtime_ns + 10**9))
-    changed = m.load_split(str(flat), "data", "train", [24, 24], None)[0]
-    assert len(caches()) == 3 and (images != changed).flatten(1).any(1).sum() == 1
+@pytest.mark.parametrize("flags", [["--frac", 0.5], ["--seed", 3]])
+def test_the_cache_serves_every_share_and_seed(flat, decoded, flags):
+    read("--data", flat)
+    once = len(decoded)
+    read("--data", flat, *flags)
+    assert len(decoded) == once
 
-@pytest.mark.parametrize("share", (0, 3, 60, 0.5, 0.999))
-def test_a_cut_cache_is_built_again(flat, reads, share):
-    first = m.load_split(str(flat), "data", "train", [24, 24], None)[0].clone()
-    file, = caches()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:share if isinstance(share, int) else int(share * len(whole))])
-    assert torch.equal(first, m.load_split(str(flat), "data", "train", [24, 24], None)[0])
-    assert len(reads) == 48 and file.read_bytes() == whole and caches() == [file]
 
-def test_writing_into_the_tensors_leaves_the_cache(flat):
-    for _ in range(2):           # as decoded, then as mapped
-        images, masks, *_ = m.load_split(str(flat), "data", "train", [24, 24], None)
-        whole = caches()[0].read_bytes()
-        images[:], masks[:] = 0, 0
-        assert caches()[0].read_bytes() == whole
+def test_another_size_is_read_anew(flat, decoded):
+    read("--data", flat)
+    once = len(decoded)
+    read("--data", flat, "--size", 32, 64)
+    assert len(decoded) == 2 * once
 
-# --- the four collections, for pre-training -------------------------------------------------------
 
-if "pretrain" in SCRIPTS:
-    p = load("pretrain")
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_file_that_changed_is_read_anew(flat, kind):
+    before, _, _ = read("--data", flat)
+    path = next(path for path in (flat / kind).iterdir() if path.stem in parts(flat)["train"])
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
+    os.utime(path, (1, 1))
+    after, _, _ = read("--data", flat)
+    which = ["images", "masks"].index(kind)
+    assert (before[which] != after[which]).flatten(1).any(1).sum() == 1
 
-    def photos(*flags, size=(16, 16)):
-        args = p.parse_args(["--size", *map(str, size), *map(str, flags)])
-        args.size = list(size)
-        return p.load_photos(args)
 
-    def table(out):
-        """{source: [numbers]} of the printed table."""
-        rows = [line.rsplit(maxsplit=6) for line in out.splitlines()]
-        return {row[0]: [int(n) for n in row[1:]] for row in rows if len(row) == 7 and row[1].isdigit()}
+def test_deleting_the_cache_changes_nothing(flat, decoded):
+    first, _, _ = read("--data", flat)
+    shutil.rmtree("data/cache")
+    second, _, _ = read("--data", flat)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
-    def test_catdog(catdog, capsys):
-        """33 dogs, of which one is a copy, and 28 cats, of which one is broken: 27 of each."""
-        images, taken = photos("--data", "catdog", "--root", catdog)
-        out = capsys.readouterr().out
-        assert images.shape[1:] == (3, 16, 16) and images.dtype == torch.uint8
-        assert len(taken) == len(set(taken.tolist())) == 54
-        found = table(out)
-        assert [row[:2] for row in found.values()] == [[20, 20], [0, 13], [3, 2], [5, 4]]
-        assert [sum(column) for column in zip(*found.values())] == [28, 39, 0, 1, 1, 54]
-        assert found[next(name for name in found if "CIFAR" in name)][5] > 20       # from all sources
-        line, = [line for line in out.splitlines() if "666.jpg" in line]
-        assert line.startswith("skipped")
-        again, same = photos("--data", "catdog", "--root", catdog)
-        assert torch.equal(taken, same) and torch.equal(images, again)
-        assert table(capsys.readouterr().out) == found
 
-    def test_catdog_takes_no_broken_photo_and_no_copy(catdog):
-        images, taken = photos("--data", "catdog", "--root", catdog)
-        pixels = [images[i].numpy().tobytes() for i in taken]
-        assert len(set(pixels)) == len(pixels)
-        assert all(images[i].any() for i in taken)
+def test_the_labels_of_pets_survive_the_cache(pets):
+    for _ in range(2):
+        (_, masks), _, _ = read("--data", "pets", "--root", pets)
+        assert masks.unique().tolist() == [0, 1, 2]
 
-    def test_catdog_with_some_of_the_four(catdog, capsys):
-        images, taken = photos("--data", "catdog", "--root", catdog)
-        for file in sorted((catdog / "cifar-10-batches-py").iterdir()):
-            file.unlink()
-        (catdog / "cifar-10-batches-py").rmdir()
-        capsys.readouterr()
-        _, taken = photos("--data", "catdog", "--root", catdog)
-        assert not any("CIFAR" in name for name in table(capsys.readouterr().out)) and len(taken) == 14
 
-    def test_pets_without_labels(pets):
-        images, taken = photos("--data", "pets", "--root", pets)
-        assert len(taken) == 40                # trainval alone, never the test photos
-
-    def test_a_folder_of_photos(tmp_path):
-        for i in range(7):
-            Path(tmp_path, f"mine/{i % 2}").mkdir(parents=True, exist_ok=True)
-            drawn(i)[0].save(tmp_path / f"mine/{i % 2}/{i}.{('jpg', 'png')[i % 2]}")
-        (tmp_path / "mine/notes.txt").write_text("no photo")
-        assert len(photos("--data", tmp_path / "mine")[1]) == 7
-
-    def test_masks_are_no_photos(tmp_path):
-        assert len(photos("--data", write_folder(tmp_path / "mine", 9))[1]) == 9
-
-    def test_kinds_join(catdog, tmp_path, capsys):
-        write_pets(catdog)
-        images, taken = photos("--data", "catdog+pets", "--root", catdog)
-        assert len(taken) == 54 + 40
-        assert table(capsys.readouterr().out)["pets"] == [0, 0, 40, 0, 0, 40]
-
-    def test_masks_are_no_photos_for_vqvae(here, capsys):
-        write_folder(here / "mine", 9)
-        load("vqvae").main("--data mine --size 16 --epochs 1 --batch-size 4".split())
-        assert "train 8  val 1" in capsys.readouterr().out
-
-    def test_download_fetches_what_lacks(tmp_path, monkeypatch):
-        asked = []
-        def archive(url, _, root, **__):
-            asked.append(url)
-            for i, kind in enumerate(("PetImages/Cat", "PetImages/Dog") if "kagglecats" in url else
-                                     ("Images/n1-x", ) if "ImageNetDogs" in url else
-                                     ("cats_and_dogs_filtered/train/cats", "cats_and_dogs_filtered/train/dogs")):
-                Path(root, kind).mkdir(parents=True, exist_ok=True)
-                drawn(len(asked) * 10 + i)[0].save(Path(root, kind, "0.jpg"))
-        monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", archive)
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: asked.count("cifar") or
-                            (asked.append("cifar"), write_cifar(self.root)))
-        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *_: Path(path).exists())
-        monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-        def stopped(url, _, root, **__):
-            archive(url, None, root)
-            Path(root, "PetImages/Dog/0.jpg").unlink(missing_ok=True)
-            if "kagglecats" in url:
-                raise KeyboardInterrupt
-        with monkeypatch.context() as patch:
-            patch.setattr("torchvision.datasets.utils.download_and_extract_archive", stopped)
-            with pytest.raises(KeyboardInterrupt):
-                photos("--data", "catdog", "--root", tmp_path / "new", "--download")
-        assert len(asked) == 4 and not (tmp_path / "new/PetImages").exists()      # whole or not at all
-        asked[:] = asked[:3]
-        _, taken = photos("--data", "catdog", "--root", tmp_path / "new", "--download")
-        assert len(asked) == 4 and len(taken) == 2 * 22
-        photos("--data", "catdog", "--root", tmp_path / "new", "--download")
-        assert len(asked) == 4                 # nothing is fetched twice
-
-    def test_a_download_that_was_cut_begins_again(tmp_path, monkeypatch, refuse):
-        """Torchvision takes any file of the right name for the archive, and so would go on failing."""
-        root, asked = tmp_path / "new", []
-        for folder in ("Images", "cats_and_dogs_filtered"):
-            (root / folder).mkdir(parents=True)
-        write_cifar(root)
-        with zipfile.ZipFile(tmp_path / "whole.zip", "w") as whole:
-            for i, kind in enumerate(("Cat", "Dog")):
-                drawn(i)[0].save(tmp_path / "0.jpg")
-                whole.write(tmp_path / "0.jpg", f"PetImages/{kind}/0.jpg")
-        content = (tmp_path / "whole.zip").read_bytes()
-        def retrieve(_, path, *__):
-            asked.append(path)
-            Path(path).write_bytes(content[:-30] if len(asked) == 1 else content)
-        monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
-        monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
-        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *_: Path(path).exists())
-        monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-        assert "not a zip file" in refuse("pretrain", "--data", "catdog", "--download", "--root", root)
-        _, taken = photos("--data", "catdog", "--root", root, "--download")
-        assert len(asked) == 2 and len(taken) == 2 * 21
-        assert (root / "PetImages/Cat/0.jpg").exists() and not [*root.rglob("*.zip")]
-
-    def test_download_that_fails(refuse, monkeypatch, tmp_path):
-        def broken(*_, **__):
-            raise OSError("no route to host")
-        monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", broken)
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: None)
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", lambda self, *_, **__: vars(self).update(data=[], targets=[]))
-        line = refuse("pretrain", "--data", "catdog", "--download", "--root", tmp_path)
-        assert "no route to host" in line and "by hand" in line and not Path("checkpoints").exists()
-
-    def test_a_cut_cache_of_photos_is_built_again(catdog):
-        images, taken = photos("--data", "catdog", "--root", catdog)
-        images = images.clone()
-        for file in caches():
-            for size in (0, 5, file.stat().st_size // 2):
-                file.write_bytes(file.read_bytes()[:size])
-                again, same = photos("--data", "catdog", "--root", catdog)
-                assert torch.equal(images, again) and torch.equal(taken, same)
-
-# --- what the flags select ------------------------------------------------------------------------
-
-@pytest.fixture
-def chosen(monkeypatch, pets):
-    """chosen(*flags) -> images and masks that finetune trains on, images and masks of validation."""
-    if "finetune" not in SCRIPTS:
-        pytest.skip("no finetune.py")
-    class Enough(Exception):
-        pass
-    def call(*flags):
-        seen = []
-        def epoch(model, images, masks, *_):
-            seen.extend((images, masks))
-            return 0.0, torch.ones(3, 3), 1.0
-        def stop(model, images, masks, *_):
-            seen.extend((images, masks))
-            raise Enough
-        monkeypatch.setattr(m, "finetune_epoch", epoch)
-        monkeypatch.setattr(m, "validate", stop)
-        with pytest.raises(Enough):
-            m.main(["--data", "pets", "--root", str(pets), "--init", "none", "--size", "16", *flags])
-        return seen
-    return call
-
-def test_frac_and_seed_never_move_val(chosen):
-    train, _, val, val_masks = chosen()
-    half, _, val_half, masks_half = chosen("--frac", "0.5", "--seed", "7")
-    assert len(train) == 35 and len(half) == 20 and len(val) == 5      # 4 of 7 of each breed
-    assert torch.equal(val, val_half) and torch.equal(val_masks, masks_half)
-    whole = {image.numpy().tobytes() for image in train}
-    assert {image.numpy().tobytes() for image in half} <= whole
-    assert not any(image.numpy().tobytes() in whole for image in val)
-
-def test_cats_acts_on_training_photos_alone(chosen):
-    train, _, val, _ = chosen("--cats", "Maine_Coon")
-    assert len(train) == 21 and len(val) == 5            # one breed of cats, two of dogs
+def test_white_stays_white(tmp_path):
+    """White masks are foreground on the first reading and from the cache."""
+    folder = write_folder(tmp_path / "f", 12, paint=white)
+    first, second = read("--data", folder)[0][1], read("--data", folder)[0][1]
+    assert first.max() == 1 and torch.equal(first, second)

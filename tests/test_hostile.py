@@ -1,370 +1,506 @@
-"""Odd pictures, odd numbers, odd machines: each ends well or in one line, and nothing is lost."""
-import math, os, resource, shutil, signal, struct, subprocess, sys, zlib
+"""Files that hide code: no .pt and no .pt2 gets to run what it carries, and what is no segmenter is
+refused in one line."""
+
+import io
+import json
+import os
+import struct
+import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import TRAINING, load
 
-from conftest import (LIGHT, ROOT, SEGMENTERS, SMALL, checkpoint, drawn, load, rows,
-                      start, write_folder)
+META = {"classes": ["pet", "background", "border"], "size": 16, "ignore": None}
+GRAPH, NOTE = "models/model.json", "meta.json"
+WEIGHTS, CONSTANTS = "model_weights_config.json", "model_constants_config.json"
+pytestmark = pytest.mark.filterwarnings("ignore")
 
-# The blocks under attack have the same text in every script: one with and one without labels at all
-# times, the others with --slow.
-each = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("pretrain", "unet") else
-                                                     pytest.mark.slow) for name in LIGHT])
 
-def tiny(name, *flags):
-    """The flags of a run of a second."""
-    return [*SMALL[name], "--epochs", "1", "--out", "run", *map(str, flags)]
+class Code:
+    """A pickle of this writes a file when it is loaded without care."""
 
-def ends(name, cwd, *argv, environment=None, limits=None, timeout=120, **options):
-    """A script as a child -> exit code, stdout, stderr; whatever happens there is no traceback."""
-    def lower():
-        for limit, value in (limits or {}).items():
-            resource.setrlimit(limit, (value, value))
-    child = start(name, *argv, cwd=cwd, env=environment or os.environ, preexec_fn=lower, **options)
+    def __reduce__(self):
+        return os.system, (f"echo ran > {Path.cwd() / 'ran'}",)
+
+
+def shell():
+    """The same as an expression."""
+    return f"__import__('os').system('echo ran > {Path.cwd() / 'ran'}')"
+
+
+def pickled(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def unharmed(here):
+    """No test may leave the file that the planted code writes."""
+    yield
+    assert not Path("ran").exists(), "planted code ran"
+
+
+def test_the_planted_code_works(here):
+    torch.save(Code(), "bad.pt")
+    torch.load("bad.pt", weights_only=False)
+    assert Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_checkpoint_with_code_is_refused(name, unharmed):
+    torch.save({"script": f"{name}.py", "model": {}, "args": {}, "x": Code()}, "bad.pt")
+    with pytest.raises(SystemExit, match=r"bad\.pt"):
+        load(name).load_checkpoint(Path("bad.pt"), f"{name}.py")
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+class Tiny(torch.nn.Module):
+    """Three classes from one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def export(net, path="bad.pt2", meta=META, channels=3, free=True):
+    shapes = None
+    if free:
+        shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(net, (torch.zeros(2, channels, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files={"meta.json": json.dumps(meta)})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "good.pt2"
+    export(Tiny().eval(), path)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture
+def files(exported, here):
+    """{member: content} of a good program."""
+    return dict(exported)
+
+
+def member(files, end):
+    (name,) = [name for name in files if name.endswith(end)]
+    return name
+
+
+def write(members, path="bad.pt2", method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def beside(files, old, new, content):
+    """One member more: in the place of old, under the name new."""
+    files[member(files, old).replace(old, new)] = content
+
+
+def read(files, end):
+    return json.loads(files[member(files, end)])
+
+
+def put(files, end, value):
+    files[member(files, end)] = json.dumps(value)
+
+
+def change(files, end, **values):
+    """Other values in one of the JSON files."""
+    put(files, end, read(files, end) | values)
+
+
+def add_constant(files, path, use_pickle):
+    config = read(files, CONSTANTS)
+    entry = {"path_name": path, "is_param": False, "use_pickle": use_pickle, "tensor_meta": None}
+    config["config"]["x"] = entry
+    put(files, CONSTANTS, config)
+
+
+def set_sizes(files, text):
+    """Every size in the graph, wherever it stands, is text."""
+
+    def walk(value):
+        if isinstance(value, dict):
+            if "expr_str" in value:
+                value["expr_str"] = text
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+
+    graph = read(files, GRAPH)
+    walk(graph)
+    put(files, GRAPH, graph)
+
+
+def set_target(files, target):
+    graph = read(files, GRAPH)
+    graph["graph_module"]["graph"]["nodes"][0]["target"] = target
+    put(files, GRAPH, graph)
+
+
+def add_node(files, target, *inputs):
+    graph = read(files, GRAPH)
+    node = {"target": target, "outputs": [{"as_none": True}], "metadata": {}, "name": "added"}
+    node |= {"inputs": list(inputs), "is_hop_single_tensor_return": True}
+    graph["graph_module"]["graph"]["nodes"].insert(0, node)
+    put(files, GRAPH, graph)
+
+
+def argument(name, kind=2, **value):
+    return {"name": name, "arg": value, "kind": kind}
+
+
+def set_signature(files, **values):
+    graph = read(files, GRAPH)
+    graph["graph_module"]["module_call_graph"][0]["signature"] |= values
+    put(files, GRAPH, graph)
+
+
+def set_layout(files, kind, context):
+    """Another kind of dictionary as the layout of the inputs by name."""
+    old = read(files, GRAPH)["graph_module"]["module_call_graph"][0]["signature"]["in_spec"]
+    new = old.replace('"builtins.dict", "context": "[]"', f'"{kind}", "context": "{context}"')
+    assert new != old
+    set_signature(files, in_spec=new)
+
+
+FACTORY = {
+    "default_factory_module": "antigravity",
+    "default_factory_name": "x",
+    "dict_context": [],
+}
+
+
+def pickle_in_the_sample_inputs(files):
+    files[member(files, "sample_inputs/model.pt")] = pickled(([Code()], {}))
+
+
+def pickled_weight(files):
+    files[member(files, "weights/weight_0")] = pickled(Code())
+    config = read(files, WEIGHTS)
+    for entry in config["config"].values():
+        entry["use_pickle"] = True
+    put(files, WEIGHTS, config)
+
+
+def pickled_constant(files):
+    beside(files, "weights/weight_0", "constants/tensor_0", pickled(Code()))
+    add_constant(files, "tensor_0", True)
+
+
+def custom_object(files):
+    add_constant(files, "custom_obj_0", False)
+
+
+def opaque_object(files):
+    beside(files, "weights/weight_0", "constants/opaque_obj_0", pickled(Code()))
+
+
+def old_pickle_of_weights(files):
+    beside(files, "weight_0", "model.pt", pickled(Code()))
+
+
+def compiled_library(files):
+    beside(files, "archive_format", "data/aotinductor/model/x.so", b"\x7fELF")
+
+
+def size_that_calls(files):
+    set_sizes(files, shell())
+
+
+def symbol_that_calls(files):
+    set_sizes(files, f"Symbol('s0', positive={shell()})")
+
+
+def node_that_loads_code(files):
+    set_target(files, "torch.hub.load")
+
+
+def node_that_calls_the_system(files):
+    set_target(files, "torch.os.system")
+
+
+def another_that_does(files):
+    set_target(files, "os.system")
+
+
+def node_of_torchvision_that_writes(files):
+    set_target(files, "torch.ops.torchvision.write_file.default")
+
+
+def node_with_underscores(files):
+    set_target(files, "torch.ops.aten.__class__")
+
+
+def node_that_writes_a_file(files):
+    name = argument("filename", 1, as_string="ran")
+    shared, size = argument("shared", 1, as_bool=True), argument("size", 1, as_int=6)
+    add_node(files, "torch.ops.aten.from_file.default", name, shared, size)
+
+
+def function_as_an_argument(files):
+    add_node(files, "torch.ops.higher_order.wrap", argument("func", as_operator="torch.hub.load"))
+
+
+def code_in_the_name_of_an_argument(files):
+    add_node(files, "torch.ops.higher_order.wrap", argument(f"a={shell()}, b", as_int=1))
+
+
+def code_in_the_name_of_an_input(files):
+    set_signature(files, forward_arg_names=[f"x={shell()}"])
+
+
+def factory_in_the_layout(files):
+    set_layout(files, "collections.defaultdict", json.dumps(FACTORY).replace('"', '\\"'))
+
+
+def factory_in_escapes(files):
+    context = json.dumps(FACTORY).replace("factory", "\\u0066actory").replace('"', '\\"')
+    set_layout(files, "collections.default\\u0064ict", context)
+
+
+def code_in_the_layout_in_escapes(files):
+    text = json.dumps([f'y={shell()},z="\',#\'\\\n    "#"\\\n'])
+    context = ""
+    for c in text:
+        context += f"\\u{ord(c):04x}"
+    set_layout(files, "builtins.dict", context)
+    set_signature(files, forward_arg_names=[])
+
+
+def guards(files):
+    change(files, GRAPH, guards_code=[shell()])
+
+
+def guards_after_none(files):
+    """A key that is there twice: readers differ in which of the two they take."""
+    name = member(files, GRAPH)
+    text = json.dumps(read(files, GRAPH))
+    files[name] = text[:-1] + f', "guards_code": {json.dumps([shell()])}, "guards_code": []}}'
+
+
+ATTACKS = [
+    pickle_in_the_sample_inputs,
+    pickled_weight,
+    pickled_constant,
+    custom_object,
+    opaque_object,
+    old_pickle_of_weights,
+    compiled_library,
+    size_that_calls,
+    symbol_that_calls,
+    node_that_loads_code,
+    node_that_calls_the_system,
+    another_that_does,
+    node_of_torchvision_that_writes,
+    node_with_underscores,
+    node_that_writes_a_file,
+    function_as_an_argument,
+    code_in_the_name_of_an_argument,
+    code_in_the_name_of_an_input,
+    factory_in_the_layout,
+    factory_in_escapes,
+    code_in_the_layout_in_escapes,
+    guards,
+    guards_after_none,
+]
+
+
+def refused(refuse):
+    line = refuse("evaluate", "bad.pt2", "--data", "toy")
+    assert line.startswith("bad.pt2: refused") and len(line) < 400
+    assert not Path("overlay.png").exists()
+    return line
+
+
+def test_the_good_program_is_scored(files, capsys):
+    """Without this the refusals below would prove nothing."""
+    write(files)
+    load("evaluate").main(["bad.pt2", "--data", "toy"])
+    assert "bad.pt2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_program_with_code_is_never_loaded(attack, files, refuse, unharmed, monkeypatch):
+    attack(files)
+    write(files)
+    loaded = []
+    monkeypatch.setattr(torch.export, "load", loaded.append)
+    refused(refuse)
+    assert loaded == []
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_member_that_is_there_twice(files, refuse, unharmed, last):
+    name = member(files, "sample_inputs/model.pt")
+    both = [pickled(([Code()], {})), files.pop(name)]
+    if last:
+        both.reverse()
+    with zipfile.ZipFile("bad.pt2", "w") as archive:
+        for content in both:
+            archive.writestr(name, content)
+        for key, data in files.items():
+            archive.writestr(key, data)
+    refused(refuse)
+
+
+def test_an_archive_with_two_directories(files, unharmed):
+    """Python reads a zip from its end, torch from the offset written there: one file, two contents.
+    It may be refused, or the harmless content scored; the other may not be loaded."""
+
+    def parts(members):
+        write(members)
+        raw = Path("bad.pt2").read_bytes()
+        end = raw.rindex(b"PK\5\6")
+        directory = struct.unpack_from("<I", raw, end + 16)[0]
+        return raw[:directory], raw[directory:end], raw[end:]
+
+    name = member(files, "sample_inputs/model.pt")
+    bad, bad_directory, _ = parts(files | {name: pickled(([Code()], {})) + bytes(20_000)})
+    good, directory, end = parts(files)
+    directory, end, place = bytearray(directory), bytearray(end), 0
+    while place < len(directory):  # offsets as Python will read them
+        lengths = struct.unpack_from("<HHH", directory, place + 28)
+        (offset,) = struct.unpack_from("<I", directory, place + 42)
+        struct.pack_into("<I", directory, place + 42, offset + len(bad) - len(good))
+        place += 46 + sum(lengths)
+    struct.pack_into("<I", end, 16, len(bad))
+    Path("bad.pt2").write_bytes(bad + bad_directory + good + directory + end)
+    with zipfile.ZipFile("bad.pt2") as archive:
+        assert archive.read(name) == files[name]  # the trick works
     try:
-        out, err = child.communicate(timeout=timeout)
-    finally:
-        child.kill()
-    assert "Traceback" not in err, err
-    return child.returncode, out, err
+        load("evaluate").main(["bad.pt2", "--data", "toy"])
+    except SystemExit as stop:
+        assert str(stop.code).startswith("bad.pt2: refused")
 
-# --- pictures -------------------------------------------------------------------------------------
 
-def huge(path, width, height):
-    """A PNG that says it is that large and holds nothing of it."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(
-        ">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                     + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+# --- what is no segmenter ------------------------------------------------------------------------
 
-def photo(kind, path):
-    """A good but unusual photo of 48 x 40 under that name."""
-    rgb = drawn(0)[0]
-    if kind == "16-bit":
-        return Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257).save(path, "PNG")
-    if kind == "animated":
-        return rgb.convert("P").save(path, "GIF", save_all=True, append_images=[rgb.convert("P")] * 3)
-    if kind == "1x1":
-        return rgb.resize((1, 1)).save(path, "PNG")
-    if kind == "wrong extension":
-        return rgb.save(path, "BMP")
-    if kind == "palette with transparency":
-        return rgb.convert("P").save(path, "PNG", transparency=3)
-    rgb.convert(kind).save(path, {"CMYK": "JPEG"}.get(kind, "PNG"))
 
-GOOD = ["CMYK", "P", "palette with transparency", "animated", "L", "LA", "RGBA", "1", "1x1",
-        "wrong extension"]
-BAD = {"empty": lambda file: file.write_bytes(b""), "cut": lambda file: file.write_bytes(file.read_bytes()[:300]),
-       "bomb": lambda file: huge(file, 20000, 20000), "larger bomb": lambda file: huge(file, 2**31 - 1, 2**31 - 1),
-       "text": lambda file: file.write_text("<html>404</html>"),
-       "noise": lambda file: file.write_bytes(bytes(range(256)) * 20),
-       "a folder": lambda file: (file.unlink(), file.mkdir())}
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": "big"},
+        {"size": -16},
+        {"size": 10**7},
+        {"size": 32},  # another than it takes
+        {"ignore": 300},
+        {"ignore": True},
+        {"ignore": 1.0},
+        {"classes": "abc"},
+        {"classes": ["a", "a", "b"]},
+        {"classes": ["a", "b", "\x1b[2J"]},  # moves the cursor
+        {"classes": ["a", "b", "c", "d"]},
+        {"args": {"data": 5}},
+        {"args": {"root": 5}},
+        {"args": None},
+    ],
+    ids=str,
+)
+def test_meta_of_nonsense(values, files, refuse):
+    change(files, NOTE, **values)
+    write(files)
+    refused(refuse)
 
-@pytest.mark.parametrize("kind", GOOD)
-def test_unusual_photos_are_read(kind, here):
-    """In all ways of reading photos, with colours about right; no label moves."""
-    folder = write_folder("f", 12)
-    if kind == "1x1":
-        Image.new("L", (1, 1)).save("f/masks/000.png")
-    photo(kind, Path("f/images/000.jpg"))
-    m = load("unet")
-    parts = [m.load_split("f", "data", part, [16, 16], None) for part in ("train", "val")]
-    assert sum(len(images) for images, *_ in parts) == 10
-    images, notes = load("pretrain").decode_photos(sorted(folder.glob("images/*")), [16, 16])
-    assert notes["bad"] == {} and len(images) == 12
-    if kind not in ("1x1", "1"):
-        likeness = np.corrcoef(images[0].float().mean(0).flatten(), np.asarray(
-            drawn(0)[0].convert("L").resize((16, 16), Image.BILINEAR)).flatten())[0, 1]
-        assert likeness > 0.9
 
-def test_16_bit_photos(here, refuse):
-    """Without labels they are turned into 8 bits, with labels refused; never taken for white ones."""
-    write_folder("f", 12)
-    photo("16-bit", Path("f/images/004.jpg"))
-    images, notes = load("pretrain").decode_photos(sorted(Path("f/images").glob("*")), [16, 16])
-    grey = np.asarray(drawn(0)[0].convert("L").resize((16, 16), Image.BILINEAR)).astype(int)
-    assert notes["bad"] == {} and abs(images[4, 1].numpy() - grey).mean() < 3
-    assert "004.jpg, 004.png: wrong mode or size" in refuse("unet", *tiny("unet"), "--data", "f")
+@pytest.mark.parametrize("key", ["size", "classes", "ignore"])
+def test_meta_without(key, files, refuse):
+    meta = read(files, NOTE)
+    del meta[key]
+    put(files, NOTE, meta)
+    write(files)
+    assert key in refused(refuse)
 
-@pytest.mark.parametrize("kind", BAD)
-def test_broken_photos(kind, here, refuse):
-    """With labels the file is named; without, it is left out, counted and named."""
-    write_folder("f", 12)
-    BAD[kind](Path("f/images/004.jpg"))
-    load("pretrain").main([*tiny("pretrain"), "--data", "f/images"])
-    line = refuse("unet", *tiny("unet"), "--data", "f")
-    assert "004.jpg" in line and len(line) < 400
 
-def test_broken_photos_are_counted(here, capsys):
-    """Two thousand broken files among twelve good ones: three are named, all are counted."""
-    write_folder("f", 12)
-    for i in range(2000):
-        Path(f"f/images/x{i}.png").write_bytes(b"" if i % 2 else b"nothing")
-    load("pretrain").main([*tiny("pretrain"), "--data", "f/images"])
-    out = capsys.readouterr().out
-    assert out.count("skipped") == 3 and " 2000 " in out and "train 11" in out
+@pytest.mark.parametrize("text", ["[1, 2]", "{", ""])
+def test_meta_that_is_no_dictionary(text, files, refuse):
+    files[member(files, NOTE)] = text
+    write(files)
+    refused(refuse)
 
-# --- masks ----------------------------------------------------------------------------------------
 
-def paint(values):
-    def painted(labels):
-        return np.asarray(values, np.uint8)[labels]
-    return painted
+@pytest.mark.parametrize("end", [NOTE, GRAPH, "weights/weight_0", "sample_inputs/model.pt"])
+def test_a_member_that_is_missing(end, files, refuse):
+    del files[member(files, end)]
+    write(files)
+    refused(refuse)
 
-@pytest.mark.parametrize("name", [name for name in SEGMENTERS if name in LIGHT])
-@pytest.mark.parametrize("values, flags", (([0, 255], ()), ([0, 1], ()), ([0, 0], ()), ([255, 255], ()), ([1, 1], ()),
-                                           ([0, 5], ("--ignore", 5)), ([5, 5], ("--ignore", 3)), ([5, 90], ()),
-                                           ([7, 7], ())), ids=str)
-def test_masks_of_every_kind(name, values, flags, here):
-    """Empty, full, one label, gaps between labels, nothing but what is ignored: it trains, and every
-    number in the log is one."""
-    write_folder("f", 12, paint=paint(values))
-    load(name).main([*tiny(name, *flags), "--data", "f"])
-    load("evaluate").main(["run", "--as-published", "--json", "s.json"])
-    for row in rows("run"):
-        numbers = [value for key, value in row.items() if key != "memory_gb" and not isinstance(value, list)]
-        assert all(math.isfinite(value) for value in numbers), row
 
-@pytest.mark.parametrize("name", [name for name in SEGMENTERS if name in LIGHT])
-def test_masks_of_nothing_but_what_is_ignored(name, here, refuse):
-    write_folder("f", 12, paint=paint([3, 3]))
-    assert "--ignore" in refuse(name, *tiny(name), "--data", "f", "--ignore", "3")
+def test_zip_bomb(files, refuse):
+    beside(files, "weight_0", "weight_7", bytes(30_000_000))
+    write(files, method=zipfile.ZIP_DEFLATED)
+    assert "unpacks" in refused(refuse)
 
-# --- numbers --------------------------------------------------------------------------------------
 
-@each
-class TestNumbers:
-    def data(self, name, n=12):
-        write_folder("f", n)
-        return ["--data", "f" if name in SEGMENTERS else "f/images"]
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+def test_a_program_that_is_cut_off(share, files, refuse):
+    write(files)
+    whole = Path("bad.pt2").read_bytes()
+    Path("bad.pt2").write_bytes(whole[: int(share * len(whole))])
+    refused(refuse)
 
-    @pytest.mark.parametrize("flags", (("--seed", 2**31), ("--batch-size", 10**6), ("--frac", 1e-6), ("--lr", 1e-9),
-                                       ("--weight-decay", 10), ("--size", 32, 64),
-                                       pytest.param(("--size", 1024), marks=pytest.mark.slow)), ids=str)
-    def test_the_ends_of_the_ranges(self, name, flags, here):
-        load(name).main([*tiny(name), *self.data(name), "--size", "64", *map(str, flags)])
-        assert all(math.isfinite(row["val_loss"]) for row in rows("run"))
 
-    def test_a_rate_that_diverges(self, name, here, refuse, monkeypatch):
-        """Ten epochs at a rate of 10, a thousand times too much: it ends well or says --lr."""
-        step = torch.optim.AdamW.step
-        def burst(self, *args, **kwargs):
-            step(self, *args, **kwargs)
-            for group in self.param_groups:
-                for weight in group["params"]:
-                    weight.data.mul_(1e20)
-        monkeypatch.setattr(torch.optim.AdamW, "step", burst)
-        line = refuse(name, *tiny(name), *self.data(name), "--lr", "10", "--epochs", "3")
-        assert "not finite" in line and "--lr" in line
+def test_a_checkpoint_is_no_program(refuse):
+    torch.save({"model": torch.zeros(3)}, "bad.pt2")
+    refused(refuse)
 
-    def test_the_fewest_photos(self, name, here, refuse):
-        """Three photos train; of one, or none, the script says what it wants."""
-        data = self.data(name, 3)
-        load(name).main([*tiny(name), *data, "--size", "64"])
-        for file in Path("f").rglob("*.*"):
-            if file.stem != "000":
-                file.unlink()
-        shutil.rmtree("data")
-        refuse(name, *tiny(name), *data)
 
-# --- checkpoints ----------------------------------------------------------------------------------
+class Grey(Tiny):
+    """Takes photos of one channel."""
 
-def altered(path, change):
-    state = checkpoint(path)
-    change(state)
-    torch.save(state, path)
+    def forward(self, x):
+        return self.conv(x.expand(-1, 3, -1, -1))
 
-CHANGES = {"renamed": lambda s: s["model"].update({"x" + key: s["model"].pop(key) for key in list(s["model"])}),
-           "other shapes": lambda s: s["model"].update({key: value[..., None] for key, value in s["model"].items()}),
-           "no model": lambda s: s.pop("model"), "no optimizer": lambda s: s.pop("optimizer"),
-           "no history": lambda s: s.pop("history"), "no args": lambda s: s.pop("args"),
-           "a foreign optimizer": lambda s: s["optimizer"]["param_groups"][0].update(params=[1, 2]),
-           "a list": lambda s: s.update(model=[1, 2])}
 
-@pytest.mark.parametrize("change", CHANGES)
-@each
-def test_resume_from_an_altered_checkpoint(name, change, here, refuse):
-    write_folder("f", 12)
-    argv = [*tiny(name), "--data", "f" if name in SEGMENTERS else "f/images"]
-    load(name).main(argv)
-    altered("run/last.pt", CHANGES[change])
-    assert "last.pt" in refuse(name, *argv, "--resume")
+class Pair(Tiny):
+    """Answers with two tensors."""
 
-def test_a_script_under_another_name(here):
-    """A copy that somebody took along trains, resumes and ends like the original."""
-    write_folder("f", 12)
-    shutil.copy(ROOT / "unet.py", "mine.py")
-    for more in ((), ("--resume",)):
-        done = subprocess.run([sys.executable, "mine.py", *tiny("unet"), "--data", "f", *more],
-                              capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "") and "best     epoch 1" in done.stdout
+    def forward(self, x):
+        return self.conv(x), x
 
-def test_photos_that_came_later(here, refuse):
-    """A resumed pre-training must not go on with other photos: the split would be another."""
-    write_folder("f", 12)
-    load("pretrain").main([*tiny("pretrain"), "--data", "f/images"])
-    drawn(99)[0].save("f/images/new.jpg")
-    assert "--photos 13 (was 12)" in refuse("pretrain", *tiny("pretrain"), "--data", "f/images", "--resume")
 
-def test_weights_that_are_nan(here, refuse):
-    write_folder("f", 12)
-    load("pretrain").main([*tiny("pretrain"), "--data", "f/images"])
-    altered("run/best.pt", lambda s: [value.fill_(math.nan) for value in s["model"].values()])
-    os.rename("run", "pre")
-    line = refuse("finetune", "--init", "pre/best.pt", "--data", "f", "--size", "16", "--epochs", "1", "--out", "run")
-    assert "finite" in line and not Path("run/best.pt").exists()
+class Diverged(Tiny):
+    """Has learned nothing but nan."""
 
-# --- storage --------------------------------------------------------------------------------------
+    def __init__(self):
+        super().__init__()
+        self.conv.weight.data.fill_(float("nan"))
 
-@each
-class TestStorage:
-    def prepare(self, name, n=12):
-        write_folder("f", n)
-        return [*tiny(name), "--data", "f" if name in SEGMENTERS else "f/images"]
 
-    @pytest.mark.parametrize("limit", (3_000, 30_000, 300_000))
-    def test_no_file_may_be_larger(self, name, limit, here):
-        """A quota, as a limit on the size of files: cache, checkpoint or program cannot be written."""
-        code, out, err = ends(name, here, *self.prepare(name, 40), limits={resource.RLIMIT_FSIZE: limit})
-        assert code == 2 and err.count("\n") == 1 and "space" in err or code == 0, (code, err)
-        assert not list(here.rglob(".[0-9]*"))
+class Norm(Tiny):
+    """Normalises with what is in the batch until eval() is called."""
 
-    def test_a_folder_that_is_gone(self, name, here, refuse, monkeypatch):
-        """The run folder is deleted in the middle: the run says so, rather than go on without its best."""
-        m, argv = load(name), self.prepare(name)
-        saved = m.save_epoch
-        def gone(*args):
-            shutil.rmtree("run", ignore_errors=True)
-            return saved(*args)
-        monkeypatch.setattr(m, "save_epoch", gone)
-        line = refuse(name, *argv, "--epochs", "3")
-        assert "run: another run" in line and "deleted" in line
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Sequential(self.conv, torch.nn.BatchNorm2d(3))
 
-    def test_a_cache_with_other_bytes(self, name, here):
-        """Cut, emptied, longer, of an older format: it is built again, with the same scores."""
-        argv = self.prepare(name)
-        load(name).main(argv)
-        want = [row["val_loss"] for row in rows("run")]
-        for change in (lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b + b"more", lambda b: b[:-1]):
-            for file in Path("data/cache").iterdir():
-                file.write_bytes(change(file.read_bytes()))
-            load(name).main(argv)
-            assert [row["val_loss"] for row in rows("run")] == want
 
-    def test_two_build_the_same_cache(self, name, here):
-        argv = [word if word != "run" else "{}" for word in self.prepare(name, 60)]
-        children = [start(name, *(word.format(f"run{i}") for word in argv), cwd=here) for i in range(2)]
-        for child in children:
-            out, err = child.communicate(timeout=200)
-            assert child.returncode == 0, err
-        assert rows("run0")[0]["val_loss"] == rows("run1")[0]["val_loss"]
+@pytest.mark.parametrize(
+    "net, channels, free",
+    [(Grey, 1, True), (Tiny, 3, False), (Pair, 3, True), (Diverged, 3, True)],
+)
+def test_another_contract(net, channels, free, refuse):
+    """One channel, a fixed batch, two answers, answers that are no numbers."""
+    export(net().eval(), channels=channels, free=free)
+    refused(refuse)
 
-    def test_names_of_all_kinds(self, name, here):
-        folder = write_folder("Fotos von Müßig 猫 100%", 12)
-        data = folder if name in SEGMENTERS else folder / "images"
-        load(name).main([*SMALL[name], "--epochs", "1", "--data", str(data), "--out", "läuft {0} %s/ein Lauf"])
-        assert len(rows("läuft {0} %s/ein Lauf")) == 1
 
-# --- environment ----------------------------------------------------------------------------------
-
-ODD = {"no HOME": lambda env: env.pop("HOME", None), "C locale": lambda env: env.update(LC_ALL="C", LANG="C"),
-       "ascii": lambda env: env.update(PYTHONIOENCODING="ascii"), "optimised": lambda env: env.update(PYTHONOPTIMIZE="2"),
-       "narrow": lambda env: env.update(COLUMNS="40"), "a number of threads": lambda env: env.update(OMP_NUM_THREADS="3")}
-
-@pytest.mark.parametrize("odd", ["all at once", *(pytest.param(odd, marks=pytest.mark.slow) for odd in ODD)])
-def test_odd_environments(odd, here):
-    """The chain: pretrain, finetune, evaluate, and --help."""
-    write_folder("f", 12)
-    env = dict(os.environ)
-    for name in [odd] if odd in ODD else ODD:
-        ODD[name](env)
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(here / "t"))
-    for name, argv in (("pretrain", ["--size", "16", "--epochs", "1", "--data", "f/images"]),
-                       ("finetune", ["--size", "16", "--epochs", "1", "--data", "f"]), ("evaluate", []),
-                       ("experiments", ["labels", "--dry-run"]), ("unet", ["--help"])):
-        code, out, err = ends(name, here, *argv, environment=env)
-        assert code == 0 and (err == "" or "warn" in err.lower()), (name, err)
-
-def test_no_input_and_few_open_files(here):
-    write_folder("f", 200)
-    code, out, err = ends("unet", here, *tiny("unet"), "--data", "f", limits={resource.RLIMIT_NOFILE: 40},
-                          stdin=subprocess.DEVNULL)
-    assert (code, err) == (0, "")
-
-@pytest.mark.slow
-@each
-def test_little_memory(name, here):
-    """Where a batch does not fit, the line says which flag to change."""
-    write_folder("f", 12)
-    code, out, err = ends(name, here, *tiny(name), "--data", "f" if name in SEGMENTERS else "f/images", "--size", "4096",
-                          *(["--width", "512"] if name not in ("linknet", "finetune") else []),
-                          limits={resource.RLIMIT_AS: 6 * 2**30}, timeout=300)
-    assert code == 2 and "memory" in err and "--batch-size" in err, (code, err)
-
-@pytest.mark.parametrize("error", (
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")))
-@each
-def test_a_graphics_card_that_runs_out_of_memory(name, error, here, refuse, monkeypatch):
-    write_folder("f", 12)
-    def full(*args, **kwargs):
-        raise error
-    monkeypatch.setattr(torch.Tensor, "backward", full)
-    assert "--batch-size" in refuse(name, *tiny(name), "--data", "f" if name in SEGMENTERS else "f/images")
-
-@each
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nobody may write")
-def test_where_nobody_may_write(name, here, refuse, monkeypatch):
-    """The run's folder, and that of the caches; root may not write there either."""
-    write_folder("f", 12)
-    data = ["--data", "f" if name in SEGMENTERS else "f/images"]
-    assert "/proc/x" in refuse(name, *tiny(name), *data, "--out", "/proc/x/run")
-    shutil.rmtree("data")
-    monkeypatch.setattr(load(name), "CACHE", Path("/proc/x/cache"))
-    assert "/proc/x/cache" in refuse(name, *tiny(name), *data)
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-@each
-def test_nothing_may_be_written_here(name, here):
-    write_folder("f", 12)
-    here.chmod(0o500)
-    code, out, err = ends(name, here, *tiny(name), "--data", "f" if name in SEGMENTERS else "f/images")
-    here.chmod(0o700)
-    assert code == 2 and err.count("\n") == 1
-
-@pytest.mark.parametrize("signal_", (signal.SIGINT, signal.SIGTERM))
-@each
-def test_stopped_while_decoding(name, here, monkeypatch, capsys, signal_):
-    """A stop before the first epoch, while photos are being read, is one line as well."""
-    write_folder("f", 12)
-    m = load(name)
-    monkeypatch.setattr(m, "progress", lambda text: os.kill(os.getpid(), signal_))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
-    with pytest.raises(SystemExit) as stop:
-        m.main([*tiny(name), "--data", "f" if name in SEGMENTERS else "f/images"])
-    signal.signal(signal.SIGINT, before)
-    assert stop.value.code == 130 and "no epoch yet" in capsys.readouterr().out
-    assert not Path("run").exists() and not list(Path(".").rglob(".[0-9]*"))
-
-def test_stopped_over_an_older_run(here, monkeypatch, capsys):
-    """Its last.pt is no epoch of the new run, and --resume with the new flags would be refused."""
-    write_folder("f", 12)
-    m = load("unet")
-    m.main([*tiny("unet"), "--data", "f"])
-    monkeypatch.setattr(m, "open_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    for more, answer in ((["--lr", "1e-4"], "no epoch yet"), (["--resume"], "--resume continues run")):
-        with pytest.raises(SystemExit) as stop:
-            m.main([*tiny("unet"), "--data", "f", *more])
-        assert stop.value.code == 130 and answer in capsys.readouterr().out
-    assert Path("run/last.pt").exists() and not Path("run.prev").exists()
-
-def test_two_files_of_one_stem(here, refuse):
-    """Which of them belongs to the mask?"""
-    write_folder("f", 12)
-    Path("f/images/004.png").write_bytes(Path("f/images/003.jpg").read_bytes())
-    assert "'004' wanted once in images/ and once in masks/" in refuse("unet", *tiny("unet"), "--data", "f")
+def test_a_program_in_training_mode(refuse):
+    export(Norm().train())
+    assert "eval()" in refused(refuse)
+    export(Norm().eval())
+    load("evaluate").main(["bad.pt2", "--data", "toy"])

@@ -1,145 +1,220 @@
-"""The rules of layout and style that a parser can check."""
-import argparse, ast, operator, re, subprocess, sys
+"""The rules of layout and style that a parser can check. (Budgets: ../shared/check.py.)"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
 
 import pytest
+from conftest import NAMES, ROOT, TRAINING, load
 from torch import nn
 
-from conftest import NAMES, ROOT, SCRIPTS, TRAINING, load
-
 PACKAGES = {"torch", "torchvision", "numpy", "PIL"}
-BANNERS = ["knobs", "model", "loss and scores", "training", "data", "checkpoints", "main"]
-each_script = pytest.mark.parametrize("name", SCRIPTS)
+BANNERS = ["model", "loss and scores", "training", "data", "checkpoints", "main"]
+each_script = pytest.mark.parametrize("name", NAMES)
+each_training = pytest.mark.parametrize("name", TRAINING)
+
 
 def source(name):
     return (ROOT / f"{name}.py").read_text()
 
-def sections(name):
-    """[(title, number of lines)] by the banners."""
-    found = re.split(r"^# --- (.+?) -+$", source(name), flags=re.M)
-    return list(zip(found[1::2], (part.count("\n") for part in found[2::2])))
 
-def foreign(tree):
-    """What a script may not do: [(line, what)]: import another script or package, run text."""
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            top = name.split(".")[0]
-            if top in {*NAMES, "importlib", "runpy", "imp", ""} or \
-                    top not in PACKAGES and top not in sys.stdlib_module_names:
-                yield node.lineno, name
+# --- imports -------------------------------------------------------------------------------------
+
+
+def foreign(text):
+    """What a script may not do: import another script or package, or run text as code."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = ["." * node.level + (node.module or "")]
+        for module in modules:
+            top = module.split(".")[0]
+            known = top in PACKAGES or top in sys.stdlib_module_names
+            if not known or top in ["importlib", "runpy"]:
+                found.append(module)
         if isinstance(node, ast.Call):
-            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            plain = isinstance(node.func, ast.Name)
-            if plain and called in ("exec", "eval", "__import__", "compile") or called == "run_path":
-                yield node.lineno, called
+            called = ast.unparse(node.func)
+            if called in ["exec", "eval", "compile", "__import__"]:
+                found.append(called)
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
-            yield node.lineno, "sys.path"
+            found.append("sys.path")
+    return found
 
-@pytest.mark.parametrize("line", (
-    "import unet", "from segnet import VQVAE", "from . import unet", "import cv2", "import importlib",
-    "exec(open('unet.py').read())", "__import__('unet')", "runpy.run_path('unet.py')", "sys.path.append('.')"))
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import unet",
+        "from segnet import SegNet",
+        "from . import unet",
+        "import cv2",
+        "import importlib",
+        "import runpy",
+        "exec(open('unet.py').read())",
+        "__import__('unet')",
+        "sys.path.append('.')",
+    ],
+)
 def test_the_checker_sees(line):
-    assert list(foreign(ast.parse(line)))
+    assert foreign(line)
+
 
 @each_script
 def test_imports(name):
-    assert list(foreign(ast.parse(source(name)))) == []
+    assert foreign(source(name)) == []
+
 
 @each_script
-def test_sections(name):
-    titles = [title for title, _ in sections(name)]
-    if name in TRAINING:
-        plain = ["data" if title in ("labelled data", "unlabelled data") else title for title in titles]
-        assert plain == BANNERS
-    assert titles[0] == "knobs" and titles[-1] == "main" and len(set(titles)) == len(titles)
-    assert source(name).endswith('\nif __name__ == "__main__":\n    main()\n')
+def test_import_computes_nothing(name):
+    """The top level has imports, constants, functions and classes, and starts main if it is run."""
+    *body, last = ast.parse(source(name)).body
+    kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+    assert [ast.unparse(node) for node in body[1:] if not isinstance(node, kinds)] == []
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
+
+
+def test_import_has_no_side_effect(tmp_path):
+    """No line is printed, no file written, no random number drawn."""
+    code = f"""
+import importlib.util, torch
+state = torch.get_rng_state()
+for name in {NAMES}:
+    spec = importlib.util.spec_from_file_location(name, f"{ROOT}/{{name}}.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+assert torch.equal(state, torch.get_rng_state())
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def banners(name):
+    return re.findall(r"^# --- (.+?) -+$", source(name), flags=re.M)
+
+
+@each_training
+def test_banners(name):
+    assert banners(name) == BANNERS
+
+
+@pytest.mark.parametrize("name", ["evaluate", "experiments"])
+def test_banners_of_the_other_two(name):
+    """They have sections of their own; those that they share stand in the same order."""
+    shared = [title for title in banners(name) if title in BANNERS]
+    assert shared == [title for title in BANNERS if title in shared]
+    assert banners(name)[-1] == "main"
+
 
 @each_script
 def test_docstring(name):
-    text = ast.get_docstring(ast.parse(source(name)))
+    text = load(name).__doc__
     parts = ["WHAT IT DOES", "YOU WILL LEARN", "RUN IT", "WHAT TO EXPECT"]
-    parts += ["DIFFERS FROM THE PAPER"] if name in TRAINING else []
+    if name in TRAINING:
+        parts.append("DIFFERS FROM THE PAPER")
     places = [text.find(part) for part in parts]
-    assert -1 not in places and places == sorted(places), dict(zip(parts, places))
-    assert "@" not in text, "a place that is still to be filled in"
-    names = re.findall(r"->\s+(\w[\w.]*(?:,\s+\w[\w.]*)*)", text[text.find("YOU WILL"):])   # what to read is there
+    assert -1 not in places and places == sorted(places)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "TODO" not in text
+
+
+@each_script
+def test_the_docstring_names_what_is_there(name):
+    """The functions, methods, classes and tables to read, after the arrows."""
+    learn = load(name).__doc__.partition("YOU WILL LEARN")[2].partition("RUN IT")[0]
+    found = re.findall(r"->\s+(\w[\w.]*(?:,\s+\w[\w.]*)*)", learn)
+    names = re.split(r",\s+", ", ".join(found))
     assert len(names) >= 2
-    for word in ", ".join(names).split(", "):
-        operator.attrgetter(word.strip(".\n"))(load(name))
+    for word in names:
+        last = word.strip(".").split(".")[-1]
+        assert re.search(rf"^ *(def |class |){last}\b", source(name), flags=re.M), word
+
 
 @each_script
-def test_flags(name, monkeypatch):
-    """Every flag has a help; at most 24; kebab-case; no abbreviations; the docstring is the help."""
-    seen = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: seen.append(self))
-    load(name).parse_args([])
-    actions = [a for a in seen[0]._actions if not isinstance(a, argparse._HelpAction)]
-    flags = [a for a in actions if a.option_strings]
-    assert [a.dest for a in actions if not a.help] == []
-    assert len(flags) <= 24
-    assert [o for a in flags for o in a.option_strings if not re.fullmatch(r"--[a-z]+(-[a-z]+)*", o)] == []
-    assert seen[0].allow_abbrev is False and seen[0].description == load(name).__doc__
-    assert all(len(a.help) > 8 and a.help != a.dest for a in actions)
+def test_classes_are_modules(name):
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.ClassDef):
+            assert issubclass(getattr(load(name), node.name), nn.Module)
+
 
 @each_script
-def test_help_shows(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load(name).main(["--help"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 0 and load(name).__doc__.strip().splitlines()[0] in out and "default" in out
+def test_public_functions_and_classes_say_what_they_do(name):
+    for node in ast.parse(source(name)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            short = node.name in ["main", "parse_args"]
+            assert short or ast.get_docstring(node), node.name
 
-def test_shared_flags_have_the_same_line():
-    """A flag that several scripts have reads the same in all of them, but for defaults and data."""
-    lines = {}
-    for name in SCRIPTS:
-        tree = ast.parse(source(name))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add" \
-                    and ast.unparse(node.args[0]).startswith("'--"):
-                flag = node.args[0].value
-                if flag in ("--seed", "--device", "--amp", "--compile", "--resume", "--frac", "--lr",
-                            "--epochs", "--batch-size", "--weight-decay", "--root", "--size") \
-                        and name in TRAINING:
-                    lines.setdefault(flag, {}).setdefault(ast.unparse(node), []).append(name)
-    assert {flag: held for flag, held in lines.items() if len(held) > 1} == {}
-
-@each_script
-def test_length(name):
-    lines = source(name).splitlines()
-    assert len(lines) <= 600
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 100 or line != line.rstrip()] == []
-
-@each_script
-def test_import_has_no_side_effect(name, tmp_path):
-    code = ("import importlib.util as u, sys, random, torch; s = u.spec_from_file_location('s', sys.argv[1]);"
-            "m = u.module_from_spec(s); a = torch.get_rng_state(); s.loader.exec_module(m);"
-            "assert (a == torch.get_rng_state()).all(), 'a random number was drawn'")
-    done = subprocess.run([sys.executable, "-B", "-c", code, str(ROOT / f"{name}.py")], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
-
-@each_script
-def test_only_modules_are_classes(name):
-    classes = [node.name for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.ClassDef)]
-    assert [c for c in classes if not issubclass(getattr(load(name), c), nn.Module)] == []
 
 @each_script
 def test_runs_without_its_lessons(name):
     """The ## lines teach; without them the code is the same."""
-    bare = "".join(line for line in source(name).splitlines(True) if not line.lstrip().startswith("##"))
+    lines = source(name).splitlines(keepends=True)
+    bare = "".join(line for line in lines if not line.lstrip().startswith("##"))
     assert ast.dump(ast.parse(bare)) == ast.dump(ast.parse(source(name)))
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_most_of_it_is_the_lesson(name):
-    """Model, loss and training are at least two fifths of a script."""
-    size = dict(sections(name))
-    share = (size["model"] + size["loss and scores"] + size["training"]) / len(source(name).splitlines())
-    assert share >= 0.40, f"{share:.2f}"
 
-@pytest.mark.parametrize("file, allowed", (("requirements.txt", {"torch", "torchvision", "numpy", "pillow"}),
-                                           ("tests/requirements.txt", {"pytest", "pytest-xdist", "scikit-learn", "torchmetrics"})))
-def test_requirements(file, allowed):
-    words = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    assert {re.split(r"[<>=~ ]", word)[0].lower() for word in words if word} == allowed
+# --- flags ---------------------------------------------------------------------------------------
+
+
+class Parser(Exception):
+    """Carries the parser out of parse_args."""
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """flags(name) -> {flag: argparse's action} of a script."""
+
+    def stop(self, *_):
+        raise Parser(self)
+
+    def call(name):
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            with pytest.raises(Parser) as caught:
+                load(name).parse_args([])
+        found = {}
+        for action in caught.value.args[0]._actions:
+            if action.option_strings and action.dest != "help":
+                found[action.option_strings[0]] = action
+        return found
+
+    return call
+
+
+@each_script
+def test_flags(name, flags):
+    """At most 18, in kebab-case; each helps, except where its choices do."""
+    found = flags(name)
+    assert len(found) <= 18
+    assert [flag for flag in found if not re.fullmatch("--[a-z]+(-[a-z]+)*", flag)] == []
+    assert [flag for flag, action in found.items() if not (action.help or action.choices)] == []
+
+
+def test_shared_flags_have_the_same_help(flags):
+    for flag in ["--frac", "--batch-size", "--lr", "--device", "--resume"]:
+        helps = {flags(name)[flag].help for name in TRAINING if flag in flags(name)}
+        assert len(helps) == 1, (flag, helps)
+
+
+@each_script
+def test_help_is_the_docstring(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(name).main(["--help"])
+    assert stop.value.code == 0
+    assert load(name).__doc__.strip() in capsys.readouterr().out
+
+
+def test_requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    words = [re.split("[#<>=~ ]", line)[0].lower() for line in lines]
+    assert {word for word in words if word} == {"torch", "torchvision", "numpy", "pillow"}
