@@ -19,46 +19,40 @@ A broken run stands level with a baseline: with the answer that everything is
 background, over half of the pixels are right.
 """
 
-import argparse
-import hashlib
 import io
 import json
-import os
 import re
 import sys
 import time
 import zipfile
+import zlib
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch.export.passes import move_to_device_pass
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 
 SCRIPT = "evaluate.py"
-ENDINGS = Image.registered_extensions()
 IGNORE = 255  # label of pixels that count neither in a loss nor in a score
 PETS = ["pet", "background", "border"]
 MEANS = ["accuracy", "miou", "dice", "precision", "recall", "f1", "image_miou"]
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    there = torch.accelerator.current_accelerator(True) or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", help="run folders or .pt2 files; none: all of checkpoints/")
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
     p.add_argument("--split", choices=["test", "val"], default="test", help="choose on val")
     p.add_argument("--blur", type=float, default=0.0, help="percent; 100: 10 pixels of 120")
     p.add_argument("--batch-size", type=int, default=64, help="halve it if memory runs out")
-    p.add_argument("--device", default=str(there), help="cuda, mps, cpu")
+    p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
     p.add_argument("--json", help="write the scores to this file too, a list of all runs")
     args = p.parse_args(argv)
@@ -160,8 +154,7 @@ def open_program(path, device):
             alone = segment(x[:1])
         if len(meta["classes"]) == 1:
             meta["classes"].insert(0, "background")
-        wanted = [3, len(set(meta["classes"])), *meta["size"]]  # no name twice
-        if list(logits.shape) != wanted or wanted[1] != len(meta["classes"]):
+        if list(logits.shape) != [3, len(meta["classes"]), *meta["size"]]:
             raise ValueError(f"3 photos give logits {logits.shape} for classes {meta['classes']}")
         if not logits.isfinite().all():
             raise ValueError("its answers are not finite numbers: the training diverged")
@@ -181,8 +174,8 @@ def open_program(path, device):
 
 
 def confusion(logits, masks):
-    """(C, C) pixels by truth (down) and answer (across). It is summed over a split: means of the
-    scores of batches would hang on the batch size."""
+    """(C, C) pixels by truth (down) and prediction (across). These counts are summed over a split
+    before any score is taken: means of the scores of batches would depend on the batch size."""
     C = logits.shape[1]
     cell = masks.long() * C + logits.argmax(1)  # (B, H, W), a number for each pair of labels
     cell[masks == IGNORE] = C * C  # one more, for what does not count
@@ -307,8 +300,7 @@ def run_program(segment, images, masks, args):
     return torch.stack(counts).cpu(), torch.cat(soft).cpu(), seconds
 
 
-# --- data ----------------------------------------------------------------------------------------
-# The same in every script that has this section.
+# --- data (the same in every script that has it) -------------------------------------------------
 
 
 def draw_toy(n, size, seed):
@@ -316,48 +308,39 @@ def draw_toy(n, size, seed):
     border between them. A ball has the pet's colour, so colour alone does not tell."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
-    images, masks = torch.empty(n, 3, *size), torch.ones(n, *size, dtype=torch.uint8)
-    for i in range(n):
-        # Forms that are below 1 inside of them, the pet's and the ball's at random places.
-        a, b, c, d = torch.rand(4, generator=g) - 0.5
-        X, Y = abs(x - a), y - b
-        body = 5 * X**2 + 5 * (Y - 0.4) ** 2
-        head = 8 * X**2 + 8 * (Y + 0.2) ** 2
-        if i % 2 == 0:
-            ears = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5)  # a cat's
-        else:
-            ears = 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2  # a dog's
-        pet = body.minimum(head).minimum(ears)  # (H, W)
-        ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2
-        masks[i][pet < 1.2] = 2
-        masks[i][pet < 0.8] = 0
-        coat, ground = 0.2 + 0.6 * torch.rand(2, 3, 1, 1, generator=g)
-        images[i] = torch.where(pet.minimum(ball) < 1, coat, ground)
-    images += 0.1 * torch.randn(images.shape, generator=g)
+    a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
+    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
+    # A form is where its number is below 1, and minimum joins two.
+    body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
+    cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
+    ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
+    pet = body.minimum(head).minimum(ears)
+    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2
+    masks = torch.ones(n, *size, dtype=torch.uint8)
+    masks[pet < 1.2] = 2
+    masks[pet < 0.8] = 0
+    coat, ground = 0.2 + 0.6 * torch.rand(2, n, 3, 1, 1, generator=g)
+    images = torch.where((pet.minimum(ball) < 1)[:, None], coat, ground)
+    images = images + 0.1 * torch.randn(images.shape, generator=g)
     return (255 * images.clamp(0, 1)).byte(), masks
 
 
-def list_pairs(folder):
+def list_folder(folder):
     """[(photo, mask) paths] of equal names in images/ and masks/; x_mask.png is a mask of x.jpg."""
-    found = []
-    for kind in ["images", "masks"]:
-        paths = [path for path in Path(folder, kind).glob("*") if path.suffix.lower() in ENDINGS]
-        found.append({path.stem.removesuffix("_mask").removesuffix("_gt"): path for path in paths})
-    photos, masks = found
+    photos, masks = {}, {}
+    for kind, found in [("images", photos), ("masks", masks)]:
+        for path in sorted(Path(folder, kind).glob("[!.]*")):
+            if path.suffix.lower() in Image.registered_extensions():
+                found[path.stem.removesuffix("_mask").removesuffix("_gt")] = path
     lonely = sorted(photos.keys() ^ masks.keys())
     if lonely or not photos:
         sys.exit(f"{folder}: wanted pairs in images/ and masks/; {lonely[:5] or 'none there'}")
     return [(photos[name], masks[name]) for name in photos]
 
 
-def hash_of(pair):
-    """A number in [0, 1) that hangs on the name of the photo alone."""
-    return int(hashlib.sha256(pair[0].stem.encode()).hexdigest()[:8], 16) / 16**8
-
-
 def list_photos(args):
     """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
-    train, by a hash of the names: a photo that is added later moves none from train to test."""
+    train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
         base = Path(args.root, "oxford-iiit-pet")
@@ -365,74 +348,66 @@ def list_photos(args):
             datasets.OxfordIIITPet(args.root, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
-            sys.exit(
-                f"{error}: unpack images.tar.gz, annotations.tar.gz of {url} in {base} by hand"
-            )
-        for part, listed in [("train", "trainval"), ("test", "test")]:
-            names = (base / f"annotations/{listed}.txt").read_text().split()[::4]
+            sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
+        for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
+            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
-    for part in ["train", "val", "test"]:
-        for images in Path(args.data).glob(f"{part}*/images"):  # valid/ is understood
-            parts[part] = list_pairs(images.parent)
-    train = sorted(parts.pop("train", None) or list_pairs(args.data), key=hash_of)
-    for part, low in [("test", 0.0), ("val", 0.1)]:
+    else:
+        for folder in ["train", "val", "valid", "test"]:
+            if Path(args.data, folder, "images").exists():
+                parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
+    train = parts.get("train") or list_folder(args.data)
+    tenth = {pair: zlib.crc32(pair[0].stem.encode()) % 10 for pair in train}
+    for part, number in [("test", 0), ("val", 1)]:
         if part not in parts:
-            parts[part] = [pair for pair in train if low <= hash_of(pair) < low + 0.1] or train[:1]
-            train = [pair for pair in train if pair not in parts[part]]
-    if not train or not parts["val"]:
+            parts[part] = [pair for pair in train if tenth[pair] == number] or train[:1]
+            train = sorted(set(train) - set(parts[part]))
+    if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    return parts | {"train": train}
+    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    order = np.argsort(0.618034 * np.arange(len(train)) % 1)
+    return parts | {"train": [train[i] for i in order]}
 
 
-def read_pair(pair, size):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to size."""
+def read_pair(pair, args):
+    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
-        photo = photo.convert("RGB").resize(size[::-1], Image.BILINEAR)
-        mask = mask.convert("L").resize(size[::-1], Image.NEAREST)  # a label is a grey value
-        return np.dstack([photo, mask])
+        photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
+        labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
+        if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
+        if args.data == "pets":
+            labels -= 1  # trimap 1, 2, 3: pet, background, border
+        void = labels == args.ignore  # False everywhere without --ignore
+        if set(np.unique(labels[~void])) <= {0, 255}:
+            labels //= 255  # black and white; else 255 does not count, as in VOC
+        labels[void] = IGNORE
+        return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
 
 
-def read_photos(pairs, args):
-    """All pairs -> images (N, 3, H, W), masks (N, H, W), uint8. They are decoded once and kept in
-    data/cache/, under a name that hangs on what was read; delete it whenever you like."""
-    key = str(args.size)
-    for photo, mask in pairs:
-        key += f"{photo} {photo.stat().st_mtime} {mask} {mask.stat().st_mtime}"
-    cache = Path(f"data/cache/{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
-    if not cache.exists():
-        with ThreadPoolExecutor() as pool:
-            pixels = list(pool.map(read_pair, pairs, [args.size] * len(pairs)))
-        save(partial(torch.save, torch.tensor(np.stack(pixels)).movedim(3, 1)), cache)
-    pixels = torch.load(cache)
-    images, masks = pixels[:, :3], pixels[:, 3]
-    if args.data == "pets":
-        masks -= 1  # trimap 1, 2, 3: pet, background, border
-    elif args.ignore is not None:
-        masks[masks == args.ignore] = IGNORE
-    elif masks.unique().tolist() == [0, 255]:
-        masks //= 255  # black and white
-    return images, masks
-
-
-def load_split(args):
-    """images (N, 3, H, W), masks (N, H, W), uint8, of args.split, and which of them are cats (N,):
-    pet photos bear the name of the breed, and those of cats begin with a capital letter."""
+def load_split(args, part):
+    """Photos of train, val or test -> images (N, 3, H, W), masks (N, H, W), uint8."""
     if args.data == "toy":
-        if args.split == "test":
-            images, masks = draw_toy(256, args.size, seed=1)
-        else:
-            images, masks = draw_toy(1110, args.size, seed=0)
-            images, masks = images[1000:], masks[1000:]
-        return images, masks, torch.arange(len(images)) % 2 == 0
-    pairs = list_photos(args)[args.split]
-    images, masks = read_photos(pairs, args)
-    return images, masks, torch.tensor([photo.name[0].isupper() for photo, _ in pairs])
+        n, seed = {"train": (1000, 0), "val": (110, 1), "test": (256, 2)}[part]
+        return draw_toy(n, args.size, seed)
+    pairs = list_photos(args)[part]
+    with ThreadPoolExecutor() as pool:
+        pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
+    pixels = torch.tensor(pixels).movedim(3, 1)
+    return pixels[:, :3], pixels[:, 3]
+
+
+def find_cats(args, part, n):
+    """Which of n photos show a cat: (n,) bool. Cats' files begin with a capital letter."""
+    if args.data == "toy":
+        return torch.arange(n) % 2 == 0
+    return torch.tensor([photo.name[0].isupper() for photo, _ in list_photos(args)[part]])
 
 
 def blur_photos(images, percent):
@@ -442,12 +417,12 @@ def blur_photos(images, percent):
     return torch.tensor(np.stack(photos)).movedim(3, 1)
 
 
-def save(write, path):
+def save(path, write):
     """write(file), then rename it: a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{path.name}")
     write(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -464,19 +439,7 @@ def draw_overlay(path, images, masks, answers, first):
     errors = photos.clone()
     errors[(answers != masks) & (masks != IGNORE)] = torch.tensor([255, 0, 0]).byte()
     page = torch.cat([photos, truth, answer, errors], dim=2).flatten(0, 1)  # (N H, 4 W, 3)
-    save(Image.fromarray(page.numpy()).save, path)
-
-
-def draw_curves(path, log):
-    """The losses and the mean IoU by epoch, from 0 upwards; log holds the rows of log.jsonl."""
-    page = Image.new("RGB", (600, 300), "white")
-    draw, x = ImageDraw.Draw(page), np.linspace(20, 480, len(log))
-    top = max(row[key] for row in log for key in ["loss", "val_loss"])
-    for key, colour in [("loss", "grey"), ("val_loss", "darkorange"), ("val_miou", "green")]:
-        y = [290 - 250 * row[key] / top for row in log]
-        draw.line(list(zip(x, y)), colour, 3)
-        draw.text((485, y[-1] - 6), f"{key} {log[-1][key]:.4f}", colour)
-    save(page.save, path)
+    save(path, Image.fromarray(page.numpy()).save)
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -519,14 +482,14 @@ def main(argv=None):
             meta[key] = getattr(args, key) or meta[key]
         if not meta["data"]:
             sys.exit(f"{path}: names no data; give --data")
-        images, masks, cats = load_split(argparse.Namespace(**meta | {"split": args.split}))
+        data = Namespace(**meta)
+        images, masks = load_split(data, args.split)
         top = masks[masks != IGNORE].max()
         if top >= len(classes) or (meta["data"] in ("toy", "pets")) != (classes == PETS):
             sys.exit(f"{path}: its classes are {classes}; {meta['data']} has 0 to {top}")
-        if args.blur >= 10:
-            images = blur_photos(images, args.blur)
+        images = blur_photos(images, args.blur)
 
-        ## 3. The scores, and those of answers that need no network: the same for every pixel.
+        ## 3. The scores, and those of predictions that need no network: the same for every pixel.
         counts, soft, seconds = run_program(segment, images, masks, args)
         answers = {str(run): counts}
         for label, name in enumerate(classes):
@@ -536,7 +499,7 @@ def main(argv=None):
         for name, counts in answers.items():
             scores[name] = class_scores(counts, classes)
             if classes == PETS:
-                scores[name] |= pet_scores(counts, cats)
+                scores[name] |= pet_scores(counts, find_cats(data, args.split, len(images)))
             if args.as_published:
                 scores[name] |= published_scores(counts, soft, classes)
             soft = soft * torch.nan  # there are no logits behind the other answers
@@ -547,19 +510,16 @@ def main(argv=None):
             record[key] = meta[key]
         record |= {"device": args.device, "torch": torch.__version__, "scores": scores[str(run)]}
         records.append(record | {"images_per_second": len(images) / seconds})
-        if args.json:
-            save(partial(Path.write_text, data=json.dumps(records, indent=1)), Path(args.json))
 
-        ## 4. Pictures beside the program: a few answers, and the curves of its training.
+        ## 4. A picture beside the program.
         some = slice(0, None, len(images) // 6 + 1)
-        with torch.inference_mode():
-            labels = segment(images[some].to(args.device) / 255).argmax(1).cpu()
-        overlay, log = path.with_name("overlay.png"), path.with_name("log.jsonl")
+        labels = segment(images[some].to(args.device) / 255).argmax(1).cpu()
+        overlay = path.with_name("overlay.png")
         draw_overlay(overlay, images[some], masks[some], labels, first_of(len(classes)))
-        print(f"\npicture  {overlay}: photo, truth, answer, and what is wrong in it")
-        if meta["script"] and log.exists():  # a log of somebody else has other keys
-            rows = [json.loads(row) for row in log.read_text().splitlines()]
-            draw_curves(path.with_name("curves.png"), rows)
+        print(f"\npicture  {overlay}: photo, truth, prediction, and what is wrong in red")
+    if args.json:
+        text = json.dumps(records, indent=1)
+        save(Path(args.json), lambda file: file.write_text(text))
     print("\nall runs")
     print_table({r["run"]: {key: r["scores"][key] for key in MEANS} for r in records})
 

@@ -3,13 +3,12 @@
 WHAT IT DOES  Starts pretrain.py, finetune.py and the others as child processes
 and keeps every run that is finished: a second call skips it, and a killed call
 goes on where it was. When all are trained, evaluate.py reads the test photos,
-and the scores become tables, with the published figures beside ours: results.md
-and, with charts, report.html.
+and the scores become tables, with the published figures beside ours.
 
-YOU WILL LEARN  what makes a comparison fair: the same steps, the same search,
-the same seeds -> plan, search; why a difference is taken seed by seed before
-it is averaged -> paired; what the figures published by the projects before
-this one really were -> PUBLISHED
+YOU WILL LEARN  what makes a comparison fair: the same steps and the same seeds
+-> plan; why a difference is taken seed by seed before it is averaged -> paired;
+what the figures published by the projects before this one really were ->
+PUBLISHED, NOTES
 
 RUN IT  python experiments.py quick              five of them, on drawn pets
         python experiments.py labels masks --data pets --jobs 2
@@ -21,9 +20,6 @@ Drawn pets show that everything runs, and little else. A run that breaks is
 named with its last line, and OUT/SCRIPT-HASH.log has all that it printed.
 """
 
-import argparse
-import hashlib
-import html
 import json
 import os
 import shlex
@@ -31,48 +27,44 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 QUICK = ["labels", "pretraining", "blur", "masks", "models"]
-CAMVID = "linknet --encoder resnet18 --size 352 480 --ignore 11 --loss wce --batch-size 8"
+CAMVID = "linknet --encoder resnet18 --size 352 480 --ignore 11 --batch-size 8"
 FOLDERS = {  # experiments on a data set of the same name under --root
-    "camvid": {"original": CAMVID, "modified": f"{CAMVID} --up subpixel --schedule onecycle"},
+    "camvid": {"original": CAMVID, "modified": f"{CAMVID} --up subpixel"},
     "retina": {
-        "LinkNet": "linknet --encoder resnet34 --size 512 --loss dice+iou --batch-size 2",
-        "U-Net": "unet --width 16 --size 512 --loss dice+iou --batch-size 2",
+        "LinkNet": "linknet --size 512 --batch-size 2",
+        "U-Net": "unet --width 16 --size 512 --batch-size 2",
     },
     "puzzle": {
         "transposed": "unet --width 16 --size 192 256 --batch-size 2",
         "bilinear": "unet --width 16 --up bilinear --size 192 256 --batch-size 2",
-        "ResNet-34": "unet --encoder resnet34 --up bilinear --size 192 256 --batch-size 2",
+        "LinkNet": "linknet --size 192 256 --batch-size 2",
     },
 }
 EXPERIMENTS = ["labels", "pretraining", "imbalance", "blur", "masks", "models", *FOLDERS]
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def flag(name, default, help):
-        p.add_argument(name, default=default, type=type(default), help=help)
-
     names = f"{', '.join(EXPERIMENTS)}; or all; or quick: {', '.join(QUICK)} on drawn pets"
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help=names)
     p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first six")
-    flag("--root", "data", "where the data sets lie or are downloaded to")
-    flag("--size", 64, "side in pixels; quick: 32")
-    flag("--seeds", 3, "runs of each arm; quick: 1")
-    flag("--epochs", 6, "with all labels; with fewer labels as many steps as that")
-    flag("--pretrain-epochs", 3, "passes over the unlabelled photos; quick: 2")
-    flag("--jobs", 1, "runs at a time; several fill a large GPU")
+    p.add_argument("--root", default="data", help="where the data sets lie")
+    p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each arm; quick: 1")
+    p.add_argument("--epochs", type=int, default=6, help="with all labels; with half of them twice")
+    p.add_argument("--pretrain-epochs", type=int, default=3, help="with all photos; quick: 2")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
     p.add_argument("--table", metavar="FILE", help="only print the tables of a results.json")
-    flag("--out", "checkpoints/experiments", "runs, results and report")
+    p.add_argument("--out", default="checkpoints/experiments", help="runs and results")
     args = p.parse_args(argv)
     if args.names == ["quick"]:
         p.set_defaults(size=32, seeds=1, pretrain_epochs=2)
@@ -83,81 +75,35 @@ def parse_args(argv=None):
     wrong = [name for name in args.names if name not in EXPERIMENTS]
     if wrong or not (args.names or args.table):
         p.error(f"{wrong or 'no name'}: wanted {', '.join(EXPERIMENTS)}, or all or quick alone")
-    if min(args.seeds, args.epochs, args.pretrain_epochs, args.jobs) < 1:
-        p.error("--seeds, --epochs, --pretrain-epochs and --jobs are at least 1")
-    if args.size % 32:
-        p.error(f"--size {args.size}: the networks want a multiple of 32")
     return args
 
 
 # --- plan ----------------------------------------------------------------------------------------
 ## Two arms of a comparison differ in one thing. They get the same number of optimiser steps,
-## whatever the number of labels, and the same search for a learning rate, since the rate that is
-## good for one of them may be bad for the other.
+## whatever the number of labels, the same seeds, and the same learning rate. An arm is a line of a
+## table: its label, the command of its training, and that of the pre-training that it starts from.
 
-LRS = {"toy": [0.002], "pets": [0.001, 0.003, 0.01]}
 FRACS = {"toy": [1.0, 0.1], "pets": [1.0, 0.5, 0.25, 0.1]}
-PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3310)}  # to train on, without labels and with them
-BANDS = {"toy": ["0.25-0.5"], "pets": ["0.05-0.25", "0.25-0.5", "0.5-0.75", "0.75-0.9"]}  # masked
-SQUARE = "--mask-style square --mask 0.0625-0.25"  # unless the mask is the question
+PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3312)}  # to train on, without labels and with them
+MASKS = {"one square": "", "patches of 8 pixels": "--patch 8", "patches of 16": "--patch 16"}
 
 
-def make_arm(label, command, epochs, lrs, pre=None):
-    """A line of a table: a command, trained once a seed. lrs: the learning rates to try; pre: the
-    command of the pre-training that it starts from."""
-    made = {"label": label, "command": command, "epochs": epochs, "lrs": lrs, "pre": pre}
-    # like: another arm, whose learning rate it takes over; seeds: how many, where it is not
-    # --seeds; lr, val: the rate that the search finds, and its mean IoU on the validation photos.
-    return made | {"like": None, "seeds": None, "lr": None, "val": -1.0}
-
-
-def pretraining(args, mask=SQUARE, frac=1.0):
+def pretraining(args, frac=1.0, mask=""):
     """The command of a pre-training. Half the photos are passed over twice as often."""
-    epochs = round(args.pretrain_epochs / frac)
-    return f"pretrain {mask} --frac {frac} --epochs {epochs} --lr 0.001"
+    return f"pretrain --frac {frac} --epochs {round(args.pretrain_epochs / frac)} {mask}"
 
 
-def tuned(args, label, pre, frac=1.0):
+def tuned(args, label, pre, frac=1.0, more=0.0):
     """Fine-tuning, from scratch if pre is None. Fewer labels, so many more epochs."""
-    epochs = round(args.epochs / frac)
-    return make_arm(label, f"finetune --frac {frac}", epochs, LRS[args.data], pre)
+    epochs = round((args.epochs + more) / frac)
+    return {"label": label, "command": f"finetune --frac {frac} --epochs {epochs}", "pre": pre}
 
 
-def longer(args, label, like, frac=1.0):
+def longer(args, label, frac=1.0):
     """Scratch with as many steps as pre-training and fine-tuning together: is it the unlabelled
-    photos that help, or the time? Where not all four collections lie, it gets even more."""
+    photos that help, or the time?"""
     unlabelled, labelled = PHOTOS[args.data]
-    passes = args.epochs + args.pretrain_epochs * unlabelled / labelled
-    return tuned(args, label, None, frac) | {"epochs": round(passes / frac), "like": like}
-
-
-def plan_labels(args):
-    """What is pre-training worth, by the share of the labels?"""
-    arms, long, fracs = [], [], FRACS[args.data]
-    for frac in fracs:
-        share = f"{100 * frac:g} %"
-        scratch = tuned(args, f"scratch, {share}", None, frac)
-        arms += [tuned(args, f"pre-trained, {share}", pretraining(args), frac), scratch]
-        if frac in (fracs[0], fracs[-1]):
-            long.append(longer(args, f"scratch, as long, {share}", scratch, frac))
-    return arms + long
-
-
-def plan_masks(args):
-    """Which mask? A screening with a tenth of the labels, one seed, one rate; main gives the best
-    two all seeds."""
-    masks = {"one square of 25-50 % of the side": SQUARE}
-    if args.data == "pets":
-        masks["one square of 5-25 % of the side"] = "--mask-style square --mask 0.0025-0.0625"
-    for band in BANDS[args.data]:
-        for patch in [8, 16]:
-            flags = f"--mask-style patches --mask {band} --patch {patch}"
-            masks[f"{band} of the area, {patch} px"] = flags
-    arms = [tuned(args, "no pre-training", None, 0.1)]
-    for label, mask in masks.items():
-        arms.append(tuned(args, label, pretraining(args, mask), 0.1) | {"seeds": 1})
-    middle = LRS[args.data][len(LRS[args.data]) // 2]
-    return [arm | {"lrs": [middle]} for arm in arms]
+    return tuned(args, label, None, frac, more=args.pretrain_epochs * unlabelled / labelled)
 
 
 def plan_models(args):
@@ -175,40 +121,46 @@ def plan_models(args):
     arms = [tuned(args, "VQ-VAE, pre-trained", pretraining(args))]
     arms.append(tuned(args, "VQ-VAE, scratch", None))
     for label, command in commands.items():
-        arms.append(make_arm(label, command, args.epochs, LRS[args.data]))
+        command += f" --epochs {args.epochs}"
+        arms.append({"label": label, "command": command, "pre": None})
     return arms
 
 
 def plan(args, name):
     """The arms of one experiment."""
-    pre = pretraining(args)
-    if name == "labels":
-        return plan_labels(args)
-    if name == "masks":
-        return plan_masks(args)
-    if name == "models":
-        return plan_models(args)
-    if name == "blur":  # who still sees something in blurred photos?
-        return plan_models(args)[:5]
-    if name == "pretraining":  # do more unlabelled photos help?
-        arms = [tuned(args, "all", pre), tuned(args, "half", pretraining(args, frac=0.5))]
-        none = tuned(args, "none", None)
-        return [*arms, none, longer(args, "none, as long", none)]
-    if name == "imbalance" and args.data == "toy":
+    pre, arms = pretraining(args), []
+    if name == "labels":  # what is pre-training worth, by the share of the labels?
+        for frac in FRACS[args.data]:
+            share = f"{100 * frac:g} %"
+            arms.append(tuned(args, f"pre-trained, {share}", pre, frac))
+            arms.append(tuned(args, f"scratch, {share}", None, frac))
+            arms.append(longer(args, f"scratch, as long, {share}", frac))
+    elif name == "pretraining":  # do more unlabelled photos help?
+        arms = [tuned(args, "all", pre), tuned(args, "half", pretraining(args, 0.5))]
+        arms += [tuned(args, "none", None), longer(args, "none, as long")]
+    elif name == "masks":  # which mask, with a tenth of the labels?
+        arms = [tuned(args, "no pre-training", None, 0.1)]
+        for label, flags in MASKS.items():
+            arms.append(tuned(args, label, pretraining(args, mask=flags), 0.1))
+    elif name == "models":
+        arms = plan_models(args)
+    elif name == "blur":  # who still sees something in blurred photos?
+        arms = plan_models(args)[:5]
+    elif name == "imbalance" and args.data == "toy":
         print("skipped  imbalance: drawn pets have no breeds; try --data pets")
-        return []
-    if name == "imbalance":  # 0.758 of the photos show a dog or a cat of the three breeds
+    elif name == "imbalance":  # 0.758 of the photos show a dog or a cat of the three breeds
         control = tuned(args, "same number, all breeds", pre, 0.758)
-        few = {"label": "three cat breeds", "command": "finetune --cats Maine_Coon,Birman,Bombay"}
-        return [tuned(args, "all photos", pre), control, control | few]
-    folder = Path(args.root, name)
-    if not folder.is_dir():
-        print(f"skipped  {folder} is not there (images/ and masks/ under train/ and test/)")
-        return []
-    arms = []
-    for label, command in FOLDERS[name].items():
-        command += f" --data {shlex.quote(str(folder))}"
-        arms.append(make_arm(label, command, 100, [0.001]))
+        few = tuned(args, "three cat breeds", pre)
+        few["command"] = control["command"].replace(
+            "--frac 0.758", "--cats Maine_Coon Birman Bombay"
+        )
+        arms = [tuned(args, "all photos", pre), control, few]
+    elif not Path(args.root, name).is_dir():
+        print(f"skipped  {args.root}/{name} is not there (images/, masks/ in train/ and test/)")
+    else:
+        for label, command in FOLDERS[name].items():
+            command += f" --epochs 100 --data {shlex.quote(f'{args.root}/{name}')}"
+            arms.append({"label": label, "command": command, "pre": None})
     return arms
 
 
@@ -218,105 +170,59 @@ BLURS = [0, 25, 50, 75, 100]  # per cent
 TESTED = ["parameters", "multiply_adds", "device", "torch", "size", "data", "photos"]
 
 
-def words_of(args, command, seed):
+def words_of(args, command, seed, init="none"):
     """The words of a child's command. Its folder's name is a hash of them: a run is found again if
     and only if all of its flags are the same (an edited script is not noticed)."""
     script, *words = shlex.split(command)
-    data = args.data
-    if script == "pretrain" and data == "pets":
-        data = "catdog"
-    usual = {"--data": data, "--size": args.size, "--batch-size": 32}
-    if script != "pretrain":
-        usual["--init"] = "none"
+    usual = {"--data": args.data, "--size": str(args.size), "--init": init}
+    if script == "pretrain" and args.data == "pets":
+        usual["--data"] = "catdog"
+    if script != "finetune":
+        del usual["--init"]
     for flag, value in usual.items():
         if flag not in words:
-            words += [flag, str(value)]
+            words += [flag, value]
     words = [f"{script}.py", *words, "--root", args.root, "--seed", str(seed)]
-    key = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
-    return [*words, "--out", f"{args.out}/{script}-{key}"]
+    key = zlib.crc32(shlex.join(words).encode())
+    return [*words, "--out", f"{args.out}/{script}-{key:08x}"]
 
 
-def training_of(args, arm, seed, lr):
+def training_of(args, arm, seed):
     """The words of an arm's training."""
-    command = f"{arm['command']} --epochs {arm['epochs']} --lr {lr}"
     if arm["pre"]:
         weights = Path(words_of(args, arm["pre"], seed)[-1], "best.pt")
-        command += f" --init {shlex.quote(str(weights))}"
-    return words_of(args, command, seed)
+        return words_of(args, arm["command"], seed, str(weights))
+    return words_of(args, arm["command"], seed)
 
 
-def result_of(words):
-    """The result.json of a finished run, or None."""
-    path = Path(words[-1], "result.json")
-    if path.exists():
-        return json.loads(path.read_text())
-    return None
-
-
-def run_child(words, env, may_diverge):
+def run_child(words, threads):
     """One child until it ends; all that it prints goes to OUT.log."""
-    folder, last = Path(words[-1]), ""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder, began = Path(words[-1]), time.time()
     typed = [sys.executable, HERE / words[0], *words[1:]]
     if (folder / "last.pt").exists():  # it was killed
         typed.append("--resume")
-    ## It prints into a pipe of ours: where we are killed, it ends too, when it next prints.
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    child = subprocess.Popen(typed, env=env, **pipe)
-    with child, open(f"{folder}.log", "a", buffering=1) as log:
-        for line in child.stdout:
-            log.write(line)
-            last = line.strip() or last
-    if may_diverge and "is not finite" in last:
-        return  # that a learning rate is too high is an answer too
+    with open(f"{folder}.log", "a") as log:
+        env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        child = subprocess.run(typed, env=env, stdout=log, stderr=subprocess.STDOUT)
     if child.returncode:
+        last = Path(f"{folder}.log").read_text().splitlines()[-1]
         sys.exit(f"{shlex.join(words)}: {last} (all of it in {folder}.log)")
+    print(f"{time.time() - began:7.0f} s  {shlex.join(words)}", flush=True)
 
 
-def run_all(args, commands, may_diverge=False):
-    """Run what is not finished, --jobs at a time."""
-    todo = {words[-1]: words for words in commands if not result_of(words)}  # each folder once
+def run_all(args, commands):
+    """Run what is not finished, each folder once, --jobs at a time."""
+    todo = {}
+    for words in commands:
+        if not Path(words[-1], "result.json").exists():
+            todo[words[-1]] = words
     if args.dry_run:
-        args.planned |= todo
+        print("\n".join(f"python {shlex.join(words)}" for words in todo.values()))
         return
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if args.jobs > 1:  # or each of them would take all cores
-        env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
-    child, began = partial(run_child, env=env, may_diverge=may_diverge), time.time()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, os.cpu_count() // args.jobs))  # or each of them would take all cores
     with ThreadPoolExecutor(args.jobs) as pool:
-        ended = pool.map(child, todo.values())  # a child that fails cancels those that wait
-        for i, (words, _) in enumerate(zip(todo.values(), ended)):
-            print(f"{i + 1:3}/{len(todo):<3}{time.time() - began:7.0f} s  {shlex.join(words)}")
-
-
-def search(args, arms):
-    """Try the learning rates of each arm with the first seed: sets arm["lr"] and arm["val"]."""
-    run_all(args, [words_of(args, arm["pre"], 0) for arm in arms if arm["pre"]])
-    tries = []
-    for arm in arms:
-        if not arm["like"]:
-            tries += [(arm, lr) for lr in arm["lrs"]]
-    run_all(args, [training_of(args, arm, 0, lr) for arm, lr in tries], may_diverge=True)
-    for arm, lr in tries:
-        result = result_of(training_of(args, arm, 0, lr))
-        if result and result["metrics"]["val_miou"] > arm["val"]:
-            arm["lr"], arm["val"] = lr, result["metrics"]["val_miou"]
-    for arm in arms:
-        if arm["like"]:
-            arm["lr"] = arm["like"]["lr"]
-        if not arm["lr"] and args.dry_run:
-            arm["lr"] = arm["lrs"][0]
-        if not arm["lr"]:
-            sys.exit(f"{arm['label']}: the loss is not finite at any of {arm['lrs']}")
-
-
-def train(args, arms):
-    """All seeds, with the learning rates found."""
-    runs = []
-    for arm in arms:
-        runs += [(arm, seed) for seed in range(arm["seeds"] or args.seeds)]
-    run_all(args, [words_of(args, arm["pre"], seed) for arm, seed in runs if arm["pre"]])
-    run_all(args, [training_of(args, arm, seed, arm["lr"]) for arm, seed in runs])
+        list(pool.map(run_child, todo.values(), repeat(threads)))
 
 
 def evaluate(args, folders, blur):
@@ -328,7 +234,7 @@ def evaluate(args, folders, blur):
         typed += ["--blur", str(blur), "--json", collected]
         subprocess.run(typed, stdout=subprocess.DEVNULL, check=True)
         for folder, record in zip(todo, json.loads(collected.read_text())):
-            save(partial(Path.write_text, data=json.dumps(record)), Path(folder, name))
+            Path(folder, name).write_text(json.dumps(record))
     return {folder: json.loads(Path(folder, name).read_text()) for folder in folders}
 
 
@@ -336,14 +242,15 @@ def collect(args, name, arms):
     """A flat record for each run of an experiment, and for each blur: what it is, its scores."""
     runs, records = {}, []
     for arm in arms:
-        for seed in range(arm["seeds"] or args.seeds):
-            words = training_of(args, arm, seed, arm["lr"])
+        for seed in range(args.seeds):
+            words = training_of(args, arm, seed)
             runs[words[-1]] = (arm, seed, f"python {shlex.join(words)}")
     for blur in BLURS if name == "blur" else [0]:
         tested = evaluate(args, list(runs), blur)
         for folder, (arm, seed, command) in runs.items():
-            record = {"experiment": name, "arm": arm["label"], "seed": seed, "lr": arm["lr"]}
-            record |= {"run": folder, "command": command, "pretraining": None}
+            result = json.loads(Path(folder, "result.json").read_text())
+            record = {"experiment": name, "arm": arm["label"], "seed": seed, "run": folder}
+            record |= {"command": command, "pretraining": None, "lr": result["args"]["lr"]}
             if name == "blur":
                 record["arm"] += f", {blur} %"
             if arm["pre"]:
@@ -351,11 +258,9 @@ def collect(args, name, arms):
             for key, score in tested[folder]["scores"].items():
                 if not isinstance(score, dict):  # those of each class
                     record[key] = score
-            for key in TESTED:
-                record[key] = tested[folder][key]
-            record["val_miou"] = result_of([folder])["metrics"]["val_miou"]
-            rows = Path(folder, "log.jsonl").read_text().splitlines()
-            record["seconds"] = statistics.median(json.loads(row)["seconds"] for row in rows)
+            record |= {key: tested[folder][key] for key in TESTED}
+            for key in ["val_miou", "seconds"]:
+                record[key] = result["metrics"][key]
             records.append(record)
     return records
 
@@ -515,95 +420,20 @@ def markdown(records, name):
     return "\n".join(lines).strip() + "\n"
 
 
-# --- page ----------------------------------------------------------------------------------------
-
-STYLE = """
-body{font:15px/1.5 sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;font-size:13px}
-td,th{padding:.2em .5em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,td:last-child,th:last-child{text-align:left}
-td:not(:last-child){white-space:nowrap}
-svg{max-width:760px;display:block;margin:1em 0}
-svg text{font:12px sans-serif} svg line{stroke:#ddd} circle{fill:#00798c;opacity:.7}
-pre{overflow:auto;background:#f6f6f6}"""
-
-
-def chart(groups):
-    """Inline SVG: a row for each arm, a dot for each seed, the test mIoU across."""
-    values = []
-    for group in groups.values():
-        values += [record["miou"] for record in group.values()]
-    low, high = min(values), max(values)
-    parts = [f'<text x="240" y="15">{low:.3f}</text><text x="720" y="15">{high:.3f}</text>']
-    for row, (label, group) in enumerate(groups.items()):
-        y = 35 + 20 * row
-        parts.append(f'<text x="0" y="{y + 4}">{html.escape(label)}</text>')
-        parts.append(f'<line x1="250" x2="730" y1="{y}" y2="{y}"/>')
-        for record in group.values():
-            x = 250 + 480 * (record["miou"] - low) / max(high - low, 1e-9)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="5"/>')
-    height = 40 + 20 * len(groups)
-    return f'<svg viewBox="0 0 760 {height}" role="img">{"".join(parts)}</svg>'
-
-
-def section(records, name):
-    """One experiment of the page: table, chart, the command behind each figure."""
-    table, notes, commands = [], [], []
-    for line in markdown(records, name).splitlines()[1:]:
-        if line.startswith("| "):
-            cells = html.escape(line).strip("|").split("|")
-            tag = "td" if table else "th"
-            table.append("<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in cells) + "</tr>")
-        elif line and not line.startswith("|"):
-            notes.append(f"<p>{html.escape(line.removeprefix('- '))}</p>")
-    for record in records:
-        if record["experiment"] == name:
-            commands += [record["pretraining"], record["command"]]
-    typed = "\n".join(command for command in dict.fromkeys(commands) if command)
-    parts = [f"<h2>{name}</h2><table>", *table, "</table>", *notes, "<p>Test mIoU, a dot a seed:"]
-    parts.append(chart(grouped(records, name)))
-    parts.append(f"<details><summary>commands</summary><pre>{html.escape(typed)}</pre></details>")
-    return "\n".join(parts)
-
-
-def page(records):
-    """All experiments as one page that needs nothing else."""
-    head = f"<!doctype html><meta charset=utf-8><title>Experiments</title><style>{STYLE}</style>"
-    sections = [section(records, name) for name in names_of(records)]
-    return "\n".join([head, "<h1>What was the pre-training worth?</h1>", *sections])
-
-
 # --- main ----------------------------------------------------------------------------------------
 
 
-def save(write, path):
+def save(path, write):
     """write(file), then rename it: a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{path.name}")
     write(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def names_of(records):
     """The experiments in records."""
     return list(dict.fromkeys(record["experiment"] for record in records))
-
-
-def report(args, records):
-    """Write results.json, results.md, report.html. What other experiments left there stays."""
-    out, new = Path(args.out), names_of(records)
-    if (out / "results.json").exists():
-        for record in json.loads((out / "results.json").read_text()):
-            if record["experiment"] not in new:
-                records.append(record)
-    records.sort(key=lambda record: EXPERIMENTS.index(record["experiment"]))
-    tables = {name: markdown(records, name) for name in names_of(records)}
-    files = {"results.json": json.dumps(records, indent=1), "report.html": page(records)}
-    files["results.md"] = "\n".join(tables.values())
-    for name, text in files.items():
-        save(partial(Path.write_text, data=text, encoding="utf-8"), out / name)
-    print("\n" + "\n".join(tables[name] for name in new))
-    print(f"results  {out}/results.json, results.md, report.html")
 
 
 def main(argv=None):
@@ -613,36 +443,32 @@ def main(argv=None):
         print("\n".join(markdown(records, name) for name in names_of(records)))
         return
 
-    ## 1. What to run.
-    args.planned = {}  # what --dry-run prints
+    ## 1. Train all arms with all seeds: what is finished is not run again.
     plans = {name: plan(args, name) for name in args.names}
-    arms = []
-    for group in plans.values():
-        arms += group
+    runs = []
+    for arms in plans.values():
+        runs += [(arm, seed) for arm in arms for seed in range(args.seeds)]
+    run_all(args, [words_of(args, arm["pre"], seed) for arm, seed in runs if arm["pre"]])
+    run_all(args, [training_of(args, arm, seed) for arm, seed in runs])
+    if args.dry_run:
+        return
 
-    try:
-        ## 2. The search, with the first seed. The two best masks go on to all seeds.
-        search(args, arms)
-        masks = [arm for arm in plans.get("masks", []) if arm["pre"]]
-        masks.sort(key=lambda arm: arm["val"], reverse=True)
-        for arm in masks[:2]:
-            arm["seeds"] = None
+    ## 2. The test photos, once, when everything is trained.
+    records = []
+    for name, arms in plans.items():
+        records += collect(args, name, arms)
 
-        ## 3. All seeds, with what was found; those runs that are finished are not run again.
-        train(args, arms)
-        if args.dry_run:  # what is not known yet: which rate the later seeds get
-            print("\n".join(f"python {shlex.join(words)}" for words in args.planned.values()))
-            return
-
-        ## 4. The test photos, once, when everything is trained.
-        records = []
-        for name, group in plans.items():
-            records += collect(args, name, group)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped  what is finished is kept: the same command goes on from there")
-
-    ## 5. Tables and the page.
-    report(args, records)
+    ## 3. The tables. What other experiments left there stays.
+    out, new = Path(args.out), names_of(records)
+    if (out / "results.json").exists():
+        for record in json.loads((out / "results.json").read_text()):
+            if record["experiment"] not in new:
+                records.append(record)
+    tables = {name: markdown(records, name) for name in names_of(records)}
+    save(out / "results.json", lambda file: file.write_text(json.dumps(records, indent=1)))
+    save(out / "results.md", lambda file: file.write_text("\n".join(tables.values())))
+    print("\n" + "\n".join(tables[name] for name in new))
+    print(f"results  {out}/results.json, results.md")
 
 
 if __name__ == "__main__":
