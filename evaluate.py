@@ -49,8 +49,15 @@ def parse_args(argv=None):
     p.add_argument("runs", nargs="*", help="run folders or .pt2 files; none: all of checkpoints/")
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
-    p.add_argument("--split", choices=["test", "val"], default="test", help="choose on val")
-    p.add_argument("--blur", type=float, default=0.0, help="percent; 100: 10 pixels of 120")
+    p.add_argument(
+        "--split",
+        choices=["test", "val"],
+        default="test",
+        help="val to choose with, test to report",
+    )
+    p.add_argument(
+        "--blur", type=float, default=0.0, help="0 to 100; 100 is a radius of 10 of 120 pixels"
+    )
     p.add_argument("--batch-size", type=int, default=64, help="halve it if memory runs out")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
@@ -121,7 +128,7 @@ def inspect_program(path):
             new.writestr(f"model/{name}", members[name])
             if name.endswith(".json"):
                 json.loads(members[name], object_pairs_hook=check_pairs)
-    torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)
+    torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)  # or raises
     meta = json.loads(members["extra/meta.json"])
     meta = {"data": "", "root": "data", "script": None} | meta.get("args", {}) | meta
     for key, pattern in META.items():
@@ -148,7 +155,7 @@ def open_program(path, device):
         if isinstance(meta["size"], int):
             meta["size"] = [meta["size"]] * 2
         x = torch.rand(3, 3, *meta["size"], device=device)
-        x[0] *= 0.1  # a dark photo
+        x[0] *= 0.1  # unlike the others, so that statistics of the batch would show
         logits = segment(x)
         with FlopCounterMode(display=False) as counter:
             alone = segment(x[:1])
@@ -231,7 +238,7 @@ def pet_scores(counts, cats):
 
 
 def first_of(C):
-    """The class that is looked for, the first that counts: foreground if there are two, or pet."""
+    """The number of the first class that counts: 1 (foreground) of two, else 0 (of pets: pet)."""
     return 1 if C == 2 else 0
 
 
@@ -256,8 +263,8 @@ def published_scores(counts, soft, classes):
     def pooled(sums, size):  # batches of photos counted together
         return torch.stack([part.sum(0) for part in sums.double().split(size)])
 
-    # D1: soft, of each photo, its classes counted together. Of answers that are 0 or 1 that is the
-    # accuracy. D2: the same with two sigmoids, so P is at least 0.5, and no answer is a good one.
+    # D1: soft, of each photo, its classes counted together (of outputs 0 or 1 and three classes:
+    # the accuracy). D2: a second sigmoid on top, so P is 0.5 to 0.73, and low even if all is right.
     # D6: soft, batches of 4 photos and their classes counted together; published as a loss, 1 - D6.
     pools = {"D1": soft[:, 0].double(), "D2": soft[:, 1].double(), "D6": pooled(soft[:, 0], 4)}
     for key, sums in pools.items():
@@ -309,8 +316,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -339,7 +346,7 @@ def list_folder(folder):
 
 
 def list_photos(args):
-    """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
+    """The (photo, mask) paths of "train", "val" and "test". A missing val or test is a tenth of
     train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
@@ -350,7 +357,7 @@ def list_photos(args):
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
             sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
-            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
+            names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
     else:
@@ -365,13 +372,13 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
@@ -379,13 +386,7 @@ def read_pair(pair, args):
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
-        if args.data == "pets":
-            labels -= 1  # trimap 1, 2, 3: pet, background, border
-        void = labels == args.ignore  # False everywhere without --ignore
-        if set(np.unique(labels[~void])) <= {0, 255}:
-            labels //= 255  # black and white; else 255 does not count, as in VOC
-        labels[void] = IGNORE
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
@@ -399,8 +400,14 @@ def load_split(args, part):
     pairs = list_photos(args)[part]
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
-    pixels = torch.tensor(pixels).movedim(3, 1)
-    return pixels[:, :3], pixels[:, 3]
+    masks = pixels[..., 3]
+    void = masks == args.ignore  # False everywhere without --ignore
+    if args.data == "pets":
+        masks -= 1  # trimap 1, 2, 3: pet, background, border
+    elif set(np.unique(masks[~void])) <= {0, 255}:
+        masks //= 255  # black and white; in other masks 255 does not count, as in VOC
+    masks[void] = IGNORE
+    return torch.tensor(pixels[..., :3]).movedim(3, 1), torch.tensor(masks)
 
 
 def find_cats(args, part, n):
@@ -482,7 +489,7 @@ def main(argv=None):
             meta[key] = getattr(args, key) or meta[key]
         if not meta["data"]:
             sys.exit(f"{path}: names no data; give --data")
-        data = Namespace(**meta)
+        data = Namespace(**meta)  # data, root, size and ignore are read
         images, masks = load_split(data, args.split)
         top = masks[masks != IGNORE].max()
         if top >= len(classes) or (meta["data"] in ("toy", "pets")) != (classes == PETS):

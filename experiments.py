@@ -59,7 +59,9 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, default=3, help="runs of each arm; quick: 1")
-    p.add_argument("--epochs", type=int, default=6, help="with all labels; with half of them twice")
+    p.add_argument(
+        "--epochs", type=int, default=6, help="with all labels; half of them get twice as many"
+    )
     p.add_argument("--pretrain-epochs", type=int, default=3, help="with all photos; quick: 2")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
@@ -145,7 +147,7 @@ def plan(args, name):
     elif name == "models":
         arms = plan_models(args)
     elif name == "blur":  # who still sees something in blurred photos?
-        arms = plan_models(args)[:5]
+        arms = plan_models(args)[:5]  # without the variants
     elif name == "imbalance" and args.data == "toy":
         print("skipped  imbalance: drawn pets have no breeds; try --data pets")
     elif name == "imbalance":  # 0.758 of the photos show a dog or a cat of the three breeds
@@ -171,8 +173,8 @@ TESTED = ["parameters", "multiply_adds", "device", "torch", "size", "data", "pho
 
 
 def words_of(args, command, seed, init="none"):
-    """The words of a child's command. Its folder's name is a hash of them: a run is found again if
-    and only if all of its flags are the same (an edited script is not noticed)."""
+    """The words of a child's command. The last is its folder, named by a hash of the others: a run
+    is found again if all of its flags are the same (an edited script is not noticed)."""
     script, *words = shlex.split(command)
     usual = {"--data": args.data, "--size": str(args.size), "--init": init}
     if script == "pretrain" and args.data == "pets":
@@ -196,7 +198,7 @@ def training_of(args, arm, seed):
 
 
 def run_child(words, threads):
-    """One child until it ends; all that it prints goes to OUT.log."""
+    """One child until it ends; all that it prints goes to FOLDER.log."""
     folder, began = Path(words[-1]), time.time()
     typed = [sys.executable, HERE / words[0], *words[1:]]
     if (folder / "last.pt").exists():  # it was killed
@@ -256,7 +258,7 @@ def collect(args, name, arms):
             if arm["pre"]:
                 record["pretraining"] = f"python {shlex.join(words_of(args, arm['pre'], seed))}"
             for key, score in tested[folder]["scores"].items():
-                if not isinstance(score, dict):  # those of each class
+                if not isinstance(score, dict):  # but not those of each class
                     record[key] = score
             record |= {key: tested[folder][key] for key in TESTED}
             for key in ["val_miou", "seconds"]:
@@ -357,8 +359,8 @@ def spread(values):
 
 def paired(one, other, key="miou"):
     """Mean and deviation of the differences of two arms, taken seed by seed."""
-    ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. Of
-    ## three seeds the mean is known to about two and a half deviations (Student's t, 95 %).
+    ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. With
+    ## three seeds the 95 % interval of the mean is ± 2.5 deviations (Student's t).
     return spread([one[seed][key] - other[seed][key] for seed in one if seed in other])
 
 
@@ -396,9 +398,9 @@ def differences(name, groups):
     key = "cat_miou" if name == "imbalance" else "miou"
     for label, group in groups.items():
         scratch = label.replace("pre-trained", "scratch")
-        longer = label.replace("pre-trained", "scratch, as long")
-        controls = CONTROLS.get(name, [scratch, longer])
-        for control in controls:
+        as_long = label.replace("pre-trained", "scratch, as long")
+        controls = CONTROLS.get(name, [scratch, as_long])
+        for control in controls:  # no arm stands against itself, nor the first control at all
             if control in groups and label not in (control, controls[0]):
                 mean, std = paired(group, groups[control], key)
                 text = f"{mean:+.4f} ± {std:.4f}" if std else f"{mean:+.4f}"

@@ -1,10 +1,10 @@
 """The pre-trained VQ-VAE learns to segment pets: stage 2 of 3.
 
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
-class for every pixel. The VQ-VAE of pretrain.py (van den Oord et al. 2017) gets
-a new head, a channel for each class, and then all of it is trained.
+class for every pixel. The VQ-VAE of pretrain.py (van den Oord et al. 2017) has
+learned to redraw masked photos. It gets a new head, and all of it is trained.
 
-    channels x H x W                             classes x 64 x 64, the new head
+    photo 3 x 64 x 64                                logits classes x 64 x 64
     64 x 32 x 32                                 64 x 32 x 32
       128 x 16 x 16                            128 x 16 x 16
         z 64 x 16 x 16 -> ids 16 x 16 -> q 64 x 16 x 16
@@ -35,15 +35,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets
 
 SCRIPT = "finetune.py"
 IGNORE = 255  # label of pixels that count neither in a loss nor in a score
-DECAY = 0.9  # of the codebook's averages; Sonnet: 0.99
-COMMITMENT = 0.25  # weight of the commitment loss, as in the paper
+DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
+COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
+NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
 
 
 def parse_args(argv=None):
@@ -56,9 +56,9 @@ def parse_args(argv=None):
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--cats", nargs="+", default=[], help="only these breeds of cats, and all dogs")
     p.add_argument("--init", default="checkpoints/pretrain/best.pt", help="a RUN/best.pt, or none")
-    p.add_argument("--net", type=int, nargs=4, default=[128, 32, 2, 2], help="sizes, see VQVAE")
-    p.add_argument("--epochs", type=int, default=40, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
+    p.add_argument("--epochs", type=int, default=10, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -93,7 +93,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv3 = nn.Conv2d(width, hidden, 3, padding=1)
         self.conv1 = nn.Conv2d(hidden, width, 1)
-        nn.init.zeros_(self.conv1.weight)  # a new block adds a constant only
+        nn.init.zeros_(self.conv1.weight)  # a new block adds its bias only
 
     def forward(self, x):
         return x + self.conv1(self.conv3(x.relu()).relu())
@@ -106,21 +106,21 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors: moving averages
 
     def forward(self, z):
         B, D, H, W = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 near codes would be mixed up
+        with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)  # (K,)
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
-            commitment = F.mse_loss(vectors, q)  # the encoder stays near the codes
+            commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
-            ## forward this is q, backward the bracket is a constant and it is the vectors.
+            ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
-            if self.training:
+            if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
                 self.learn(vectors, ids)
         return q.view(B, H, W, D).movedim(3, 1), commitment, ids.view(B, H, W)
 
@@ -128,14 +128,14 @@ class Quantiser(nn.Module):
     def learn(self, vectors, ids):
         """Each code follows the moving average of its vectors (appendix A.1, eq. 6 to 8)."""
         K = len(self.codes)
-        counts = torch.bincount(ids, minlength=K) / len(ids)  # (K,)
+        share = torch.bincount(ids, minlength=K) / len(ids)  # (K,), in this step
         sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
-        shares = DECAY * self.shares + (1 - DECAY) * counts
-        codes = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums
-        codes /= shares[:, None]  # the mean
-        ## A code that is nearest to no vector would never move again: so codebooks collapse. Such a
-        ## code becomes a random vector. In the first step that is nearly all: a start from data.
-        dead = shares < 0.1 / K  # tuned; 0.9^22 = 0.1: not used for 22 steps
+        shares = DECAY * self.shares + (1 - DECAY) * share
+        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums  # old: code x share
+        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        ## A code that is nearest to no vector would never move again: so codebooks collapse. One
+        ## that is hardly used becomes a random vector; in the first step nearly all do.
+        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
         self.shares.copy_(torch.where(dead, 1 / K, shares))
@@ -164,7 +164,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
         self.head = nn.ConvTranspose2d(a, channels, 4, stride=2, padding=1)
         for module in self.modules():  # no layer normalises; He's weights (2015) keep the scale
-            if isinstance(module, nn.Conv2d) and module.weight.any():
+            if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x):
@@ -184,13 +184,11 @@ class Segmenter(VQVAE):
 
 
 def take_over(model, path):
-    """Fill model with all tensors of a best.pt that fit, but not its head, which knows colours."""
-    own, taken = model.state_dict(), {}
-    for name, tensor in load_checkpoint(path, "pretrain.py", SCRIPT)["model"].items():
-        if name in own and own[name].shape == tensor.shape and not name.startswith("head."):
-            taken[name] = tensor
-    model.load_state_dict(taken, strict=False)
-    print(f"init     {len(taken)} of {len(own)} tensors are those of {path}")
+    """Fill model with all tensors of a best.pt but the head's: those speak in colours."""
+    state = load_checkpoint(path, "pretrain.py", SCRIPT)["model"]
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    model.load_state_dict(body, strict=False)
+    print(f"init     {len(body)} of {len(state)} tensors are those of {path}")
 
 
 # --- loss and scores (the same in every script that has them) ------------------------------------
@@ -202,7 +200,7 @@ def bce_loss(logits, y, valid):
     # -y log p - (1 - y) log(1 - p), p = sigmoid(x) of a logit x, is max(x, 0) - x y +
     # log(1 + e^-|x|), which overflows for no x.
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
-    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)
+    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
 
 def dice_loss(logits, y, valid):
@@ -245,8 +243,9 @@ def scores(counts):
 
 def print_baseline(counts, classes):
     """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
-    shares = counts[: len(classes)] / counts.sum()
-    print("masks   ", *[f"{name} {share:.1%} " for name, share in zip(classes, shares)][:7])
+    shares = counts[: len(classes)] / counts[:IGNORE].sum()
+    listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
+    print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
     print(
         f"baseline commonest: accuracy {shares.max():.4f}  mIoU {shares.max() / len(classes):.4f}"
     )
@@ -256,9 +255,8 @@ def print_baseline(counts, classes):
 
 
 def augment(images, masks):
-    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, half of both mirrored alike."""
-    ## No zoom, no crops: one of 1 to 1.6 times cost 1.4 points of mean IoU (U-Net on half of the
-    ## pets, 40 epochs), for it trains the network at sizes that it is not tested at.
+    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, a random half mirrored alike."""
+    ## No crops, no zoom: 1 to 1.6 times cost 1.4 points of mean IoU. (Test photos have no zoom.)
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -274,10 +272,10 @@ def finetune_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
         x, y = augment(images[batch], masks[batch])
@@ -287,7 +285,7 @@ def finetune_epoch(model, optimizer, images, masks, args, epoch):
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             logits, commitment = model(x)
-        ## The codes go on following the encoder, so it must still stay near them.
+        ## The codes still follow the encoder, so it must still stay near them.
         loss = segmentation_loss(logits, y) + COMMITMENT * commitment
         optimizer.zero_grad()
         loss.backward()
@@ -311,8 +309,8 @@ def validate(model, images, masks, args):
 
 
 def finetune(model, optimizer, history, photos, val, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the highest mean IoU on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the highest mean IoU on the validation photos so far leaves best.pt."""
     out = Path(args.out)
     print(" epoch      loss       lr val_loss      acc     mIoU     Dice  seconds")
     for epoch in range(len(history), args.epochs):
@@ -340,7 +338,7 @@ def finish(model, args):
     model.to("cpu", memory_format=torch.contiguous_format).eval()
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     B = torch.export.Dim("B", min=1)
-    zeros = torch.zeros(2, 3, *args.size)  # from one photo, B would be 1 for good
+    zeros = torch.zeros(2, 3, *args.size)  # an example with B = 1 would fix B
     program = torch.export.export(model, (zeros,), dynamic_shapes=({0: B},))
     meta = {"meta.json": text}
     save(out / "model.pt2", lambda file: torch.export.save(program, file, extra_files=meta))
@@ -358,8 +356,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -388,7 +386,7 @@ def list_folder(folder):
 
 
 def list_photos(args):
-    """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
+    """The (photo, mask) paths of "train", "val" and "test". A missing val or test is a tenth of
     train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
@@ -399,7 +397,7 @@ def list_photos(args):
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
             sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
-            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
+            names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
     else:
@@ -414,13 +412,13 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
@@ -428,13 +426,7 @@ def read_pair(pair, args):
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
-        if args.data == "pets":
-            labels -= 1  # trimap 1, 2, 3: pet, background, border
-        void = labels == args.ignore  # False everywhere without --ignore
-        if set(np.unique(labels[~void])) <= {0, 255}:
-            labels //= 255  # black and white; else 255 does not count, as in VOC
-        labels[void] = IGNORE
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
@@ -448,15 +440,21 @@ def load_split(args, part):
     pairs = list_photos(args)[part]
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
-    pixels = torch.tensor(pixels).movedim(3, 1)
-    return pixels[:, :3], pixels[:, 3]
+    masks = pixels[..., 3]
+    void = masks == args.ignore  # False everywhere without --ignore
+    if args.data == "pets":
+        masks -= 1  # trimap 1, 2, 3: pet, background, border
+    elif set(np.unique(masks[~void])) <= {0, 255}:
+        masks //= 255  # black and white; in other masks 255 does not count, as in VOC
+    masks[void] = IGNORE
+    return torch.tensor(pixels[..., :3]).movedim(3, 1), torch.tensor(masks)
 
 
 def load_data(args):
     """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
     train, val = load_split(args, "train"), load_split(args, "val")
-    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)[:IGNORE]
-    labels = counts.nonzero().flatten().tolist()
+    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
+    labels = counts[:IGNORE].nonzero().flatten().tolist()
     if len(labels) < 2 or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]

@@ -3,9 +3,9 @@
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
 class for every pixel (Chaurasia & Culurciello 2017). The encoder is a ResNet.
 The decoder adds to its maps what the encoder had at that size, where U-Net
-concatenates: its maps stay narrow, and that saves time.
+concatenates. Adding keeps the maps narrow, and that saves time.
 
-    channels x H x W                                      classes x 64 x 64
+    photo 3 x 64 x 64                                logits classes x 64 x 64
     64 x 16 x 16 ------------------- + -----------------> 64 x 16 x 16
       64 x 16 x 16 ----------------- + ---------------> 64 x 16 x 16
         128 x 8 x 8 ---------------- + -------------> 128 x 8 x 8
@@ -22,8 +22,8 @@ RUN IT  python linknet.py                        drawn cats and dogs
         python evaluate.py checkpoints/linknet   scores on photos never seen
 
 WHAT TO EXPECT  TODO
-DIFFERS FROM THE PAPER  ResNet-34 (the paper's 18: --encoder resnet18), AdamW,
-warm-up and a cosine; BCE + Dice where it has the weighted loss of --loss wce.
+DIFFERS FROM THE PAPER  AdamW, warm-up and a cosine, where it has RMSProp; random
+weights at the start, unless --imagenet; --up subpixel and resnet34 are ours.
 """
 
 import json
@@ -56,10 +56,10 @@ def parse_args(argv=None):
     p.add_argument("--ignore", type=int, help="label of the masks that does not count")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--imagenet", action="store_true", help="start from a trained classifier")
-    p.add_argument("--encoder", choices=["resnet34", "resnet18"], default="resnet34")
+    p.add_argument("--encoder", choices=["resnet18", "resnet34"], default="resnet18")
     p.add_argument("--up", choices=["transpose", "subpixel"], default="transpose")
-    p.add_argument("--epochs", type=int, default=8, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--epochs", type=int, default=5, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -81,8 +81,8 @@ def parse_args(argv=None):
 
 # --- model ---------------------------------------------------------------------------------------
 ## Most of a segmenter's work is at the large sizes. A ResNet goes down to a quarter of the side at
-## once, and a block of the decoder works at a quarter of its channels: LinkNet has U-Net's idea,
-## what the encoder saw is handed across, at a fraction of the multiply-adds.
+## once, and a block of the decoder works at a quarter of its channels: LinkNet hands the encoder's
+## maps across as U-Net does, at a fraction of the multiply-adds.
 
 
 def conv_bn(a, b, side):
@@ -96,12 +96,13 @@ def doubled(a, b, up):
     ## A transposed 3x3 convolution with stride 2 paints a 3x3 block for every input pixel; blocks
     ## overlap in every second row and column, which may show as a chequered pattern. Sub-pixel
     ## convolution (Shi et al. 2016) makes four times the channels and sorts them into 2x2 blocks:
-    ## no overlap, four times the weights. They start equal (ICNR, Aitken et al. 2017): no pattern.
+    ## no overlap, four times the weights. If the four of a block start equal (ICNR, Aitken et al.
+    ## 2017), there is no pattern even at the start.
     if up == "transpose":
         conv = nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1, bias=False)
     else:
         four = nn.Conv2d(a, 4 * b, 3, padding=1, bias=False)
-        first = four.weight.data[::4]  # of each four
+        first = four.weight.data[::4]
         four.weight.data[:] = first.repeat_interleave(4, 0)
         conv = nn.Sequential(four, nn.PixelShuffle(2))
     return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(inplace=True))
@@ -115,10 +116,10 @@ def decoder_block(a, b, up):
 class LinkNet(nn.Module):
     """x (B, 3, H, W) in [0, 1], H and W multiples of 32 -> logits (B, classes, H, W)."""
 
-    def __init__(self, classes, encoder="resnet34", up="transpose", imagenet=False):
+    def __init__(self, classes, encoder="resnet18", up="transpose", imagenet=False):
         super().__init__()
         ## A classifier halves the photo five times on its way to one answer. All but that answer is
-        ## an encoder, and with ImageNet's weights it knows edges and fur before we begin.
+        ## an encoder, and with ImageNet's weights it knows edges and fur from the start.
         weights = "DEFAULT" if imagenet else None  # downloaded
         net = models.get_model(encoder, weights=weights)
         layers = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
@@ -149,16 +150,16 @@ class LinkNet(nn.Module):
 
 
 def class_weights(masks, classes):
-    """The paper's weights, 1 / ln(1.02 + p) of a class with share p of the pixels (N, H, W): 1.4 if
-    it is everywhere, 50 if it is hardly anywhere."""
+    """ENet's weights (Paszke et al. 2016), as in the paper: 1 / ln(1.02 + p) for a class with share
+    p of the pixels, from 1.4 if it is everywhere to 50 if it is rare. masks (N, H, W) -> list."""
     counts = torch.bincount(masks.flatten(), minlength=256)[:classes]
     shares = counts / counts.sum()
     return (1 / torch.log(1.02 + shares)).tolist()
 
 
 def weighted_ce(logits, masks, weights):
-    """Cross-entropy, mean over the pixels by their classes' weights, in float32: logits
-    (B, C, H, W), masks (B, H, W). A softmax over the classes, where U-Net has a sigmoid of each."""
+    """Cross-entropy, weighted mean over the pixels, in float32: logits (B, C, H, W), masks
+    (B, H, W). A softmax over the classes, where unet.py has a sigmoid of each."""
     valid = masks != IGNORE
     labels = masks.long() * valid  # (B, H, W), 0 where nothing counts
     log_p = logits.float().log_softmax(1)  # (B, C, H, W)
@@ -191,8 +192,9 @@ def scores(counts):
 
 def print_baseline(counts, classes):
     """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
-    shares = counts[: len(classes)] / counts.sum()
-    print("masks   ", *[f"{name} {share:.1%} " for name, share in zip(classes, shares)][:7])
+    shares = counts[: len(classes)] / counts[:IGNORE].sum()
+    listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
+    print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
     print(
         f"baseline commonest: accuracy {shares.max():.4f}  mIoU {shares.max() / len(classes):.4f}"
     )
@@ -202,9 +204,8 @@ def print_baseline(counts, classes):
 
 
 def augment(images, masks):
-    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, half of both mirrored alike."""
-    ## No zoom, no crops: one of 1 to 1.6 times cost 1.4 points of mean IoU (U-Net on half of the
-    ## pets, 40 epochs), for it trains the network at sizes that it is not tested at.
+    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, a random half mirrored alike."""
+    ## No crops, no zoom: 1 to 1.6 times cost 1.4 points of mean IoU. (Test photos have no zoom.)
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -220,10 +221,10 @@ def linknet_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
         x, y = augment(images[batch], masks[batch])
@@ -256,8 +257,8 @@ def linknet_validate(model, images, masks, args):
 
 
 def train_linknet(model, optimizer, history, photos, val, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the highest mean IoU on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the highest mean IoU on the validation photos so far leaves best.pt."""
     out = Path(args.out)
     print(" epoch      loss       lr val_loss      acc     mIoU     Dice  seconds")
     for epoch in range(len(history), args.epochs):
@@ -285,7 +286,7 @@ def finish(model, args):
     model.to("cpu", memory_format=torch.contiguous_format).eval()
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     B = torch.export.Dim("B", min=1)
-    zeros = torch.zeros(2, 3, *args.size)  # from one photo, B would be 1 for good
+    zeros = torch.zeros(2, 3, *args.size)  # an example with B = 1 would fix B
     program = torch.export.export(model, (zeros,), dynamic_shapes=({0: B},))
     meta = {"meta.json": text}
     save(out / "model.pt2", lambda file: torch.export.save(program, file, extra_files=meta))
@@ -303,8 +304,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -333,7 +334,7 @@ def list_folder(folder):
 
 
 def list_photos(args):
-    """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
+    """The (photo, mask) paths of "train", "val" and "test". A missing val or test is a tenth of
     train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
@@ -344,7 +345,7 @@ def list_photos(args):
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
             sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
-            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
+            names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
     else:
@@ -359,13 +360,13 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
@@ -373,13 +374,7 @@ def read_pair(pair, args):
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
-        if args.data == "pets":
-            labels -= 1  # trimap 1, 2, 3: pet, background, border
-        void = labels == args.ignore  # False everywhere without --ignore
-        if set(np.unique(labels[~void])) <= {0, 255}:
-            labels //= 255  # black and white; else 255 does not count, as in VOC
-        labels[void] = IGNORE
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
@@ -393,15 +388,21 @@ def load_split(args, part):
     pairs = list_photos(args)[part]
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
-    pixels = torch.tensor(pixels).movedim(3, 1)
-    return pixels[:, :3], pixels[:, 3]
+    masks = pixels[..., 3]
+    void = masks == args.ignore  # False everywhere without --ignore
+    if args.data == "pets":
+        masks -= 1  # trimap 1, 2, 3: pet, background, border
+    elif set(np.unique(masks[~void])) <= {0, 255}:
+        masks //= 255  # black and white; in other masks 255 does not count, as in VOC
+    masks[void] = IGNORE
+    return torch.tensor(pixels[..., :3]).movedim(3, 1), torch.tensor(masks)
 
 
 def load_data(args):
     """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
     train, val = load_split(args, "train"), load_split(args, "val")
-    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)[:IGNORE]
-    labels = counts.nonzero().flatten().tolist()
+    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
+    labels = counts[:IGNORE].nonzero().flatten().tolist()
     if len(labels) < 2 or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]
@@ -453,7 +454,7 @@ def main(argv=None):
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
-    model = LinkNet(len(args.classes), args.encoder, args.up, args.imagenet)
+    model = LinkNet(len(args.classes), args.encoder, args.up, args.imagenet and not args.resume)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())

@@ -1,7 +1,7 @@
 """Masked pre-training of a VQ-VAE on photos without labels: stage 1 of 3.
 
-WHAT IT DOES  Photos (B, 3, H, W) with a grey square go in, whole photos come
-out: what is hidden must be guessed from what is around it (Pathak et al. 2016,
+WHAT IT DOES  Photos (B, 3, H, W) with a grey square go in, and what is under the
+square comes out: it must be guessed from what is around it (Pathak et al. 2016,
 He et al. 2022), through the codes of a VQ-VAE (van den Oord et al. 2017).
 finetune.py takes over what the network learned.
 
@@ -15,14 +15,14 @@ mask -> draw_masks; how to tell that the network fills in rather than copies ->
 check; how a codebook learns and stays alive -> Quantiser.learn
 
 RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
-        python pretrain.py --resume --epochs 12  goes on where the run ended
+        python pretrain.py --resume --epochs 12  goes on, the rate rises again
         python pretrain.py --data catdog --download --size 128 --epochs 20
         python finetune.py --frac 0.5            stage 2
 
 WHAT TO EXPECT  TODO
-A broken run: `hidden` stays near `mean fill`, `used` below 50 of 512.
+A broken run: `hidden` stays near `fill`, `used` below 50 of 512.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step,
-Sonnet: 0.99), codes start from data, unused ones move to data.
+Sonnet's 0.99), codes start from data, unused ones move to data.
 """
 
 import json
@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets
@@ -47,8 +46,8 @@ from torchvision.utils import save_image
 
 SCRIPT = "pretrain.py"
 MASKS = {"masks", "labels", "annotations", "trimaps", "SegmentationClass", "SegmentationObject"}
-DECAY = 0.9  # of the codebook's averages; Sonnet: 0.99
-COMMITMENT = 0.25  # weight of the commitment loss, as in the paper
+DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
+COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
 FILL = 0.5  # grey, in the place of what is hidden
 COLLECTIONS = {  # of catdog, by the folder that each unpacks to; the fourth is CIFAR-10
     "Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
@@ -62,6 +61,7 @@ DISTORTIONS = {
     "jitter": v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1),
     "grey": v2.RandomGrayscale(0.2),
 }
+NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
 
 
 def parse_args(argv=None):
@@ -71,13 +71,13 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="where pets and catdog lie")
     p.add_argument("--download", action="store_true", help="fetch what is missing of catdog")
     p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
-    p.add_argument("--net", type=int, nargs=4, default=[128, 32, 2, 2], help="sizes, see VQVAE")
+    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--mask", default="0.05-0.25", help="LO-HI, share of a photo's area to hide")
     p.add_argument("--patch", type=int, default=0, help="hide patches of this side, not a square")
     p.add_argument("--distort", nargs="+", choices=DISTORTIONS, default=[], help="what else to do")
-    p.add_argument("--epochs", type=int, default=6, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--epochs", type=int, default=2, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, masks")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -113,7 +113,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv3 = nn.Conv2d(width, hidden, 3, padding=1)
         self.conv1 = nn.Conv2d(hidden, width, 1)
-        nn.init.zeros_(self.conv1.weight)  # a new block adds a constant only
+        nn.init.zeros_(self.conv1.weight)  # a new block adds its bias only
 
     def forward(self, x):
         return x + self.conv1(self.conv3(x.relu()).relu())
@@ -126,21 +126,21 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors: moving averages
 
     def forward(self, z):
         B, D, H, W = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 near codes would be mixed up
+        with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)  # (K,)
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
-            commitment = F.mse_loss(vectors, q)  # the encoder stays near the codes
+            commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
-            ## forward this is q, backward the bracket is a constant and it is the vectors.
+            ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
-            if self.training:
+            if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
                 self.learn(vectors, ids)
         return q.view(B, H, W, D).movedim(3, 1), commitment, ids.view(B, H, W)
 
@@ -148,14 +148,14 @@ class Quantiser(nn.Module):
     def learn(self, vectors, ids):
         """Each code follows the moving average of its vectors (appendix A.1, eq. 6 to 8)."""
         K = len(self.codes)
-        counts = torch.bincount(ids, minlength=K) / len(ids)  # (K,)
+        share = torch.bincount(ids, minlength=K) / len(ids)  # (K,), in this step
         sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
-        shares = DECAY * self.shares + (1 - DECAY) * counts
-        codes = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums
-        codes /= shares[:, None]  # the mean
-        ## A code that is nearest to no vector would never move again: so codebooks collapse. Such a
-        ## code becomes a random vector. In the first step that is nearly all: a start from data.
-        dead = shares < 0.1 / K  # tuned; 0.9^22 = 0.1: not used for 22 steps
+        shares = DECAY * self.shares + (1 - DECAY) * share
+        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums  # old: code x share
+        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        ## A code that is nearest to no vector would never move again: so codebooks collapse. One
+        ## that is hardly used becomes a random vector; in the first step nearly all do.
+        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
         self.shares.copy_(torch.where(dead, 1 / K, shares))
@@ -184,7 +184,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
         self.head = nn.ConvTranspose2d(a, channels, 4, stride=2, padding=1)
         for module in self.modules():  # no layer normalises; He's weights (2015) keep the scale
-            if isinstance(module, nn.Conv2d) and module.weight.any():
+            if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x):
@@ -204,9 +204,9 @@ def hidden_error(output, x, hidden):
 
 def mean_fill(x, hidden):
     """What a network that cannot guess would do: fill in the mean colour of what can be seen."""
-    seen = ~hidden
-    colour = (x * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True)  # (B, 3, 1, 1)
-    return torch.where(hidden, colour, x)
+    visible = ~hidden
+    colour = (x * visible).sum((2, 3)) / visible.sum((2, 3))  # (B, 3)
+    return torch.where(hidden, colour[:, :, None, None], x)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
     total = 0.0
@@ -242,18 +242,18 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         x = images[batch].to(args.device) / 255
         mirror = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
         x = torch.where(mirror, x.flip(3), x)
-        seen = x
-        for kind in args.distort:
-            seen = torch.stack([DISTORTIONS[kind](image) for image in seen])
-            if kind == "rotate":  # nobody can know how a photo was turned: the target turns, too
-                x = seen
+        distorted = x
+        for kind in sorted(args.distort, reverse=True):  # rotate first
+            distorted = torch.stack([DISTORTIONS[kind](image) for image in distorted])
+            if kind == "rotate":  # a turned photo is a good target; jitter and grey are undone
+                x = distorted
         hidden = draw_masks(len(x), args).to(x.device)
         ## Warm-up over the first twentieth of the run, and half a cosine from the peak to 0.
         done = (epoch + (step + 0.5) / steps) / args.epochs  # from 0 to 1
         lr = args.lr * min(1, 20 * done) * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            output, commitment, _ = model(torch.where(hidden, FILL, seen))
+            output, commitment, _ = model(torch.where(hidden, FILL, distorted))
         ## The target is the photo as it was; what can be seen does not count, as copying it teaches
         ## little (He et al. 2022). Had the mask been written into x itself, grey would be right
         ## wherever the loss looks, and nothing be learned. (A student project did that.)
@@ -269,8 +269,9 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
 
 @torch.inference_mode()
 def check(model, images, masks, args):
-    """The validation photos under masks that never change -> loss, errors of what is hidden and
-    seen, that of mean_fill, in units of the variance, perplexity and codes in use."""
+    """The validation photos under masks that never change -> loss, errors in units of the variance,
+    perplexity, codes in use. It fills in if `hidden` is well below `mean_fill`, which needs no
+    network; what can be seen is not trained, so it may be drawn badly."""
     model.eval()
     use, totals = 0, torch.zeros(4)
     for x, hidden in zip(images.split(args.batch_size), masks.split(args.batch_size)):
@@ -278,7 +279,7 @@ def check(model, images, masks, args):
         output, commitment, ids = model(torch.where(hidden, FILL, x))
         errors = [hidden_error(output, x, hidden), hidden_error(output, x, ~hidden)]
         errors += [hidden_error(mean_fill(x, hidden), x, hidden), commitment * args.variance]
-        totals += len(x) / len(images) / args.variance * torch.stack(errors).cpu()
+        totals += torch.stack(errors).cpu() * len(x) / len(images) / args.variance
         use += torch.bincount(ids.flatten(), minlength=512)  # (K,)
     hidden, seen, fill, commitment = totals.tolist()
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
@@ -300,21 +301,21 @@ def finish_masked(model, images, masks, args):
     out, x = Path(args.out), images[:8].cpu() / 255
     result = load_checkpoint(out / "best.pt", SCRIPT)
     model.load_state_dict(result.pop("model"))
-    seen = torch.where(masks[:8], FILL, x)
-    output, _, _ = model.cpu().eval()(seen)
-    save(out / "samples.png", lambda file: save_image(torch.cat([x, seen, output]), file))
+    masked = torch.where(masks[:8], FILL, x)
+    output, _, _ = model.cpu().eval()(masked)
+    rows = torch.cat([x, masked, torch.where(masks[:8], output, x)])
+    save(out / "samples.png", lambda file: save_image(rows, file, nrow=len(x)))
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     save(out / "result.json", lambda file: file.write_text(text))
     print(f"best     epoch {result['metrics']['epoch']}  {out / 'best.pt'}  {out / 'samples.png'}")
 
 
 def pretrain(model, optimizer, history, photos, val, masks, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the lowest loss on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the lowest loss on the validation photos so far leaves best.pt."""
     out = Path(args.out)
-    print(
-        " epoch      loss       lr val_loss   hidden     fill     seen perplex.     used  seconds"
-    )
+    names = " epoch      loss       lr val_loss   hidden     fill     seen"
+    print(names + "  perplex     used  seconds")
     for epoch in range(len(history), args.epochs):
         began = time.time()
         row = {"epoch": epoch + 1}
@@ -342,8 +343,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -372,7 +373,8 @@ def list_images(args):
         return [base / f"images/{n}.jpg" for n in names if zlib.crc32(n.encode()) % 10 != 1]
     photos = []
     for path in sorted(Path(args.data).rglob("[!.]*")):
-        if path.suffix.lower() in Image.registered_extensions() and not MASKS & set(path.parts):
+        folders = set(path.relative_to(args.data).parts)
+        if path.suffix.lower() in Image.registered_extensions() and not MASKS & folders:
             photos.append(path)
     return photos
 
@@ -435,7 +437,7 @@ def load_photos(args):
         images = read_images(list_images(args), args)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     n = math.ceil(len(images) / 10)
-    few = math.ceil(args.frac * (len(images) - n))  # the first ones: a quarter lies in the half
+    few = math.ceil(args.frac * (len(images) - n))  # the first: a quarter lies in the half
     args.checksum = images[: n + few].sum().item()
     print(f"data     {args.data}: train {few}  val {n}  {args.size} pixels")
     return images[n:][:few], images[:n]

@@ -5,7 +5,7 @@ class for every pixel (Badrinarayanan et al. 2017). The encoder has VGG-16's
 convolutions and poolings, the decoder the same mirrored. What is handed across
 is not the maps, but the place of the largest of each four values.
 
-    channels x H x W                                      classes x 64 x 64
+    photo 3 x 64 x 64                                logits classes x 64 x 64
     16 x 64 x 64 ----------------- places --------------> 16 x 64 x 64
       32 x 32 x 32 --------------- places ------------> 32 x 32 x 32
         64 x 16 x 16 ------------- places ----------> 64 x 16 x 16
@@ -13,18 +13,17 @@ is not the maps, but the place of the largest of each four values.
             128 x 4 x 4 ---------- places ------> 128 x 4 x 4
               128 x 2 x 2 -----------------------^
 
-YOU WILL LEARN  un-pooling with indices, which is the whole idea -> SegNet; how a
-plain convolutional network learns from photos without labels -> fill_loss;
-losses by hand -> bce_loss, dice_loss
+YOU WILL LEARN  un-pooling with indices -> SegNet; how a convolutional network
+learns from photos without labels -> fill_loss
 
 RUN IT  python segnet.py                         drawn cats and dogs
-        python segnet.py --pretrain 8 --epochs 24
+        python segnet.py --epochs 24 --pretrain 8    8 of them without labels
         python segnet.py --data pets --size 96 --width 32
         python evaluate.py checkpoints/segnet    scores on photos never seen
 
 WHAT TO EXPECT  TODO
-DIFFERS FROM THE PAPER  Fewer channels (its own: --width 64); AdamW, BCE + Dice,
-no weights of VGG-16 or of the classes. --pretrain is not in the paper.
+DIFFERS FROM THE PAPER  Fewer channels (its own: --width 64), AdamW, BCE + Dice;
+no pre-trained VGG-16, no class weights. --pretrain is not in the paper.
 """
 
 import json
@@ -58,9 +57,9 @@ def parse_args(argv=None):
     p.add_argument("--ignore", type=int, help="label of the masks that does not count")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--width", type=int, default=16, help="channels at full size; paper: 64")
-    p.add_argument("--pretrain", type=int, default=0, help="epochs to fill in photos first")
-    p.add_argument("--epochs", type=int, default=16, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--pretrain", type=int, default=0, help="so many of the epochs fill in photos")
+    p.add_argument("--epochs", type=int, default=6, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -74,6 +73,8 @@ def parse_args(argv=None):
     args.size = (args.size * 2)[:2]  # H, W; one number is both
     if args.size[0] % 32 or args.size[1] % 32:
         p.error(f"--size {args.size}: the sides are halved five times, take multiples of 32")
+    if not 0 <= args.pretrain < args.epochs:
+        p.error(f"--pretrain {args.pretrain}: of {args.epochs} epochs one at least has to segment")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
     args.bf16 = args.device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
@@ -82,9 +83,8 @@ def parse_args(argv=None):
 
 # --- model ---------------------------------------------------------------------------------------
 ## Max-pooling keeps the largest of four values and forgets which it was, and so where edges are.
-## SegNet keeps that number, for which two bits would do. Un-pooling writes each value back to its
-## place, with zeros around it that the next convolutions fill. U-Net hands the whole maps across
-## instead, and its edges are the better for it.
+## SegNet remembers which, for which two bits would do. Un-pooling puts the decoder's values at
+## those places, and zeros around them, which the next convolutions fill.
 
 
 def convs(*widths):
@@ -114,12 +114,12 @@ class SegNet(nn.Module):
         """The last maps, (B, width, H, W)."""
         x = 4.4 * x - 2  # about mean 0, variance 1
         places = []
-        for convs in self.encoder:
-            ## place: the number, within its map, of the pixel that each maximum came from.
-            x, place = F.max_pool2d(convs(x), 2, return_indices=True)
+        for block in self.encoder:
+            ## place: row x W + column, in its map, of the pixel that each maximum came from.
+            x, place = F.max_pool2d(block(x), 2, return_indices=True)
             places.append(place)  # (B, width, H/2, W/2), (B, 2 width, H/4, W/4), ...
-        for convs in self.decoder:
-            x = convs(F.max_unpool2d(x, places.pop(), 2))  # back to (B, width, H, W)
+        for block in self.decoder:
+            x = block(F.max_unpool2d(x, places.pop(), 2))  # back to (B, width, H, W)
         return x
 
     def forward(self, x):
@@ -129,9 +129,8 @@ class SegNet(nn.Module):
 def fill_loss(model, x):
     """A masked autoencoder: photos x (B, 3, H, W) with grey patches go in, the photos as they were
     are to come out -> mean squared error of what was hidden (after He et al. 2022)."""
-    ## Of a patch of 8 pixels its rims say little, and with 60 % of all patches gone its neighbours
-    ## are often gone, too. Whoever can fill in an ear must know something of cats. The target is x
-    ## as it was: with the patches in it, grey would be right wherever the loss looks.
+    ## Patches of 8 pixels are too large to be guessed from their rims: filling in an ear takes
+    ## knowing cats. Were the photo with the patches the target, grey would be the right answer.
     B, _, H, W = x.shape
     hidden = torch.rand(B, 1, H // 8, W // 8, device=x.device) < 0.6
     hidden = F.interpolate(hidden.float(), size=(H, W))  # (B, 1, H, W) of 0 and 1
@@ -148,7 +147,7 @@ def bce_loss(logits, y, valid):
     # -y log p - (1 - y) log(1 - p), p = sigmoid(x) of a logit x, is max(x, 0) - x y +
     # log(1 + e^-|x|), which overflows for no x.
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
-    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)
+    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
 
 def dice_loss(logits, y, valid):
@@ -191,8 +190,9 @@ def scores(counts):
 
 def print_baseline(counts, classes):
     """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
-    shares = counts[: len(classes)] / counts.sum()
-    print("masks   ", *[f"{name} {share:.1%} " for name, share in zip(classes, shares)][:7])
+    shares = counts[: len(classes)] / counts[:IGNORE].sum()
+    listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
+    print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
     print(
         f"baseline commonest: accuracy {shares.max():.4f}  mIoU {shares.max() / len(classes):.4f}"
     )
@@ -202,9 +202,8 @@ def print_baseline(counts, classes):
 
 
 def augment(images, masks):
-    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, half of both mirrored alike."""
-    ## No zoom, no crops: one of 1 to 1.6 times cost 1.4 points of mean IoU (U-Net on half of the
-    ## pets, 40 epochs), for it trains the network at sizes that it is not tested at.
+    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, a random half mirrored alike."""
+    ## No crops, no zoom: 1 to 1.6 times cost 1.4 points of mean IoU. (Test photos have no zoom.)
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -220,10 +219,10 @@ def segnet_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
         x, y = augment(images[batch], masks[batch])
@@ -232,7 +231,7 @@ def segnet_epoch(model, optimizer, images, masks, args, epoch):
         lr = args.lr * min(1, 20 * done) * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            if epoch < args.pretrain:  # no label is looked at
+            if epoch < args.pretrain:  # without labels
                 loss = fill_loss(model, x)
             else:
                 loss = segmentation_loss(model(x), y)
@@ -258,8 +257,8 @@ def validate(model, images, masks, args):
 
 
 def train_segnet(model, optimizer, history, photos, val, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the highest mean IoU on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the highest mean IoU on the validation photos so far leaves best.pt."""
     out = Path(args.out)
     print(" epoch      loss       lr val_loss      acc     mIoU     Dice  seconds")
     for epoch in range(len(history), args.epochs):
@@ -267,7 +266,8 @@ def train_segnet(model, optimizer, history, photos, val, args):
         row = {"epoch": epoch + 1} | segnet_epoch(model, optimizer, *photos, args, epoch)
         row |= validate(model, *val, args) | {"seconds": time.time() - began}
         history.append(row)
-        best = row["val_miou"] == max(old["val_miou"] for old in history)
+        segmenting = [old["val_miou"] for old in history[args.pretrain :]]
+        best = row["val_miou"] == max(segmenting, default=None)
         state = {"script": SCRIPT, "args": vars(args), "model": model.state_dict(), "metrics": row}
         if best:
             save(out / "best.pt", lambda file: torch.save(state, file))
@@ -287,7 +287,7 @@ def finish(model, args):
     model.to("cpu", memory_format=torch.contiguous_format).eval()
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     B = torch.export.Dim("B", min=1)
-    zeros = torch.zeros(2, 3, *args.size)  # from one photo, B would be 1 for good
+    zeros = torch.zeros(2, 3, *args.size)  # an example with B = 1 would fix B
     program = torch.export.export(model, (zeros,), dynamic_shapes=({0: B},))
     meta = {"meta.json": text}
     save(out / "model.pt2", lambda file: torch.export.save(program, file, extra_files=meta))
@@ -305,8 +305,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -335,7 +335,7 @@ def list_folder(folder):
 
 
 def list_photos(args):
-    """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
+    """The (photo, mask) paths of "train", "val" and "test". A missing val or test is a tenth of
     train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
@@ -346,7 +346,7 @@ def list_photos(args):
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
             sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
-            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
+            names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
     else:
@@ -361,13 +361,13 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
@@ -375,13 +375,7 @@ def read_pair(pair, args):
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
-        if args.data == "pets":
-            labels -= 1  # trimap 1, 2, 3: pet, background, border
-        void = labels == args.ignore  # False everywhere without --ignore
-        if set(np.unique(labels[~void])) <= {0, 255}:
-            labels //= 255  # black and white; else 255 does not count, as in VOC
-        labels[void] = IGNORE
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
@@ -395,15 +389,21 @@ def load_split(args, part):
     pairs = list_photos(args)[part]
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
-    pixels = torch.tensor(pixels).movedim(3, 1)
-    return pixels[:, :3], pixels[:, 3]
+    masks = pixels[..., 3]
+    void = masks == args.ignore  # False everywhere without --ignore
+    if args.data == "pets":
+        masks -= 1  # trimap 1, 2, 3: pet, background, border
+    elif set(np.unique(masks[~void])) <= {0, 255}:
+        masks //= 255  # black and white; in other masks 255 does not count, as in VOC
+    masks[void] = IGNORE
+    return torch.tensor(pixels[..., :3]).movedim(3, 1), torch.tensor(masks)
 
 
 def load_data(args):
     """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
     train, val = load_split(args, "train"), load_split(args, "val")
-    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)[:IGNORE]
-    labels = counts.nonzero().flatten().tolist()
+    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
+    labels = counts[:IGNORE].nonzero().flatten().tolist()
     if len(labels) < 2 or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]

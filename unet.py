@@ -4,19 +4,19 @@ WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
 class for every pixel (Ronneberger et al. 2015). At each size the decoder is
 handed what the encoder saw there, so it knows what is in the photo, and where.
 
-    channels x H x W                                      classes x 64 x 64
-    16 x 64 x 64 ---------------- bridge ---------------> 16 x 64 x 64
-      32 x 32 x 32 -------------- bridge -------------> 32 x 32 x 32
-        64 x 16 x 16 ------------ bridge -----------> 64 x 16 x 16
-          128 x 8 x 8 ----------- bridge ---------> 128 x 8 x 8
-            256 x 4 x 4 --------------------------^
+    photo 3 x 64 x 64                                logits classes x 64 x 64
+    16 x 64 x 64 --------------- bridge ---------------> 16 x 64 x 64
+      32 x 32 x 32 ------------- bridge -------------> 32 x 32 x 32
+        64 x 16 x 16 ----------- bridge -----------> 64 x 16 x 16
+          128 x 8 x 8 ---------- bridge ---------> 128 x 8 x 8
+            256 x 4 x 4 ------------------------^
 
 YOU WILL LEARN  how maps of two sizes are joined -> Up; two ways to double a map
 and what they cost -> Up; losses by hand -> bce_loss, dice_loss; all scores from
 one matrix of counts -> confusion
 
 RUN IT  python unet.py                           drawn cats and dogs
-        python unet.py --resume --epochs 24      goes on where the run ended
+        python unet.py --resume --epochs 24      goes on, the rate rises again
         python unet.py --data pets --size 96 --width 24
         python evaluate.py checkpoints/unet      scores on photos never seen
 
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--width", type=int, default=16, help="channels at full size; paper: 64")
     p.add_argument("--up", choices=["transpose", "bilinear"], default="transpose")
-    p.add_argument("--epochs", type=int, default=16, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--epochs", type=int, default=6, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -95,10 +95,10 @@ class Up(nn.Module):
 
     def __init__(self, b, up):
         super().__init__()
-        ## A transposed convolution learns how to fill the new pixels: each input pixel paints a 2x2
-        ## block, and blocks do not overlap. Bilinear up-sampling has nothing to learn, so a 1x1
-        ## convolution halves the channels. It mixes only channels, up-sampling only pixels: their
-        ## order does not matter, and it comes first, where there are four times fewer pixels.
+        ## A transposed convolution (8 b^2 weights) learns how to fill the new pixels: each input
+        ## pixel paints a 2x2 block, and blocks do not overlap. Bilinear up-sampling has nothing to
+        ## learn; a 1x1 convolution (2 b^2) halves the channels. One mixes pixels, one channels: the
+        ## order does not matter, so the 1x1 goes first, over four times fewer pixels.
         if up == "transpose":
             self.enlarge = nn.ConvTranspose2d(2 * b, b, 2, stride=2)
         else:
@@ -122,15 +122,15 @@ class UNet(nn.Module):
         for a, b in [(w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w), (8 * w, 16 * w)]:
             self.down.append(nn.Sequential(nn.MaxPool2d(2), double_conv(a, b)))
         self.up = nn.ModuleList([Up(8 * w, up), Up(4 * w, up), Up(2 * w, up), Up(w, up)])
-        ## Sigmoid or softmax? Each class has a channel with its own sigmoid, and the largest wins.
-        ## A softmax of two logits u, v gives the second e^v / (e^u + e^v) = 1 / (1 + e^-(v - u)),
-        ## the sigmoid of v - u: two classes could do with one channel.
+        ## Sigmoid or softmax? Here each class has its own sigmoid, one against the rest, and the
+        ## largest wins. Two classes could do with one channel: the softmax of logits u, v gives the
+        ## second e^v / (e^u + e^v) = 1 / (1 + e^-(v - u)), the sigmoid of v - u.
         self.head = nn.Conv2d(w, classes, 1)
 
     def forward(self, x):
         x = 4.4 * x - 2  # about mean 0, variance 1
         ## The bridges have to be kept until the way up. The first has `width` numbers a pixel, more
-        ## than all others together: large photos need small batches.
+        ## than all others together: the memory that it takes grows with the photo.
         bridges = []
         for block in self.down:
             x = block(x)  # (B, width, H, W), (B, 2 width, H/2, W/2), ...
@@ -150,7 +150,7 @@ def bce_loss(logits, y, valid):
     # -y log p - (1 - y) log(1 - p), p = sigmoid(x) of a logit x, is max(x, 0) - x y +
     # log(1 + e^-|x|), which overflows for no x.
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
-    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)
+    return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
 
 def dice_loss(logits, y, valid):
@@ -193,8 +193,9 @@ def scores(counts):
 
 def print_baseline(counts, classes):
     """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
-    shares = counts[: len(classes)] / counts.sum()
-    print("masks   ", *[f"{name} {share:.1%} " for name, share in zip(classes, shares)][:7])
+    shares = counts[: len(classes)] / counts[:IGNORE].sum()
+    listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
+    print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
     print(
         f"baseline commonest: accuracy {shares.max():.4f}  mIoU {shares.max() / len(classes):.4f}"
     )
@@ -204,9 +205,8 @@ def print_baseline(counts, classes):
 
 
 def augment(images, masks):
-    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, half of both mirrored alike."""
-    ## No zoom, no crops: one of 1 to 1.6 times cost 1.4 points of mean IoU (U-Net on half of the
-    ## pets, 40 epochs), for it trains the network at sizes that it is not tested at.
+    """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, a random half mirrored alike."""
+    ## No crops, no zoom: 1 to 1.6 times cost 1.4 points of mean IoU. (Test photos have no zoom.)
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -222,10 +222,10 @@ def train_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
         x, y = augment(images[batch], masks[batch])
@@ -258,8 +258,8 @@ def validate(model, images, masks, args):
 
 
 def train(model, optimizer, history, photos, val, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the highest mean IoU on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the highest mean IoU on the validation photos so far leaves best.pt."""
     out = Path(args.out)
     print(" epoch      loss       lr val_loss      acc     mIoU     Dice  seconds")
     for epoch in range(len(history), args.epochs):
@@ -287,7 +287,7 @@ def finish(model, args):
     model.to("cpu", memory_format=torch.contiguous_format).eval()
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     B = torch.export.Dim("B", min=1)
-    zeros = torch.zeros(2, 3, *args.size)  # from one photo, B would be 1 for good
+    zeros = torch.zeros(2, 3, *args.size)  # an example with B = 1 would fix B
     program = torch.export.export(model, (zeros,), dynamic_shapes=({0: B},))
     meta = {"meta.json": text}
     save(out / "model.pt2", lambda file: torch.export.save(program, file, extra_files=meta))
@@ -305,8 +305,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -335,7 +335,7 @@ def list_folder(folder):
 
 
 def list_photos(args):
-    """{"train", "val", "test": [(photo, mask) paths]}. A val or test that is missing is a tenth of
+    """The (photo, mask) paths of "train", "val" and "test". A missing val or test is a tenth of
     train, by a hash of the names: a photo that is added later moves no other."""
     parts = {}
     if args.data == "pets":
@@ -346,7 +346,7 @@ def list_photos(args):
             url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
             sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
-            names = (base / "annotations" / file).read_text().split()[::4]  # name, breed, ...
+            names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
             parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
     else:
@@ -361,13 +361,13 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. In this order, by the golden ratio, any --frac takes evenly of all.
+    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
@@ -375,13 +375,7 @@ def read_pair(pair, args):
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # not grey: the index
-        if args.data == "pets":
-            labels -= 1  # trimap 1, 2, 3: pet, background, border
-        void = labels == args.ignore  # False everywhere without --ignore
-        if set(np.unique(labels[~void])) <= {0, 255}:
-            labels //= 255  # black and white; else 255 does not count, as in VOC
-        labels[void] = IGNORE
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")
@@ -395,15 +389,21 @@ def load_split(args, part):
     pairs = list_photos(args)[part]
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read_pair, pairs, [args] * len(pairs))))
-    pixels = torch.tensor(pixels).movedim(3, 1)
-    return pixels[:, :3], pixels[:, 3]
+    masks = pixels[..., 3]
+    void = masks == args.ignore  # False everywhere without --ignore
+    if args.data == "pets":
+        masks -= 1  # trimap 1, 2, 3: pet, background, border
+    elif set(np.unique(masks[~void])) <= {0, 255}:
+        masks //= 255  # black and white; in other masks 255 does not count, as in VOC
+    masks[void] = IGNORE
+    return torch.tensor(pixels[..., :3]).movedim(3, 1), torch.tensor(masks)
 
 
 def load_data(args):
     """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
     train, val = load_split(args, "train"), load_split(args, "val")
-    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)[:IGNORE]
-    labels = counts.nonzero().flatten().tolist()
+    counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
+    labels = counts[:IGNORE].nonzero().flatten().tolist()
     if len(labels) < 2 or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]

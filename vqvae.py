@@ -16,15 +16,15 @@ collapse and what keeps this one alive -> Quantiser.learn; how to read a
 perplexity -> measure
 
 RUN IT  python vqvae.py                          drawn cats and dogs
-        python vqvae.py --resume --epochs 12     goes on where the run ended
+        python vqvae.py --resume --epochs 12     goes on, the rate rises again
         python vqvae.py --data pets --epochs 12
         python vqvae.py --net 256 256 4 2        a larger network
 
 WHAT TO EXPECT  TODO
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step,
-Sonnet: 0.99): a young encoder runs away from slow codes. Codes start from data,
-unused ones move to data.
+Sonnet, the authors' code: 0.99), as early on the encoder outruns slow ones. Codes
+start from data, unused ones move to data.
 """
 
 import json
@@ -47,8 +47,9 @@ from torchvision.utils import save_image
 
 SCRIPT = "vqvae.py"
 MASKS = {"masks", "labels", "annotations", "trimaps", "SegmentationClass", "SegmentationObject"}
-DECAY = 0.9  # of the codebook's averages; Sonnet: 0.99
-COMMITMENT = 0.25  # weight of the commitment loss, as in the paper
+DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
+COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
+NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
 
 
 def parse_args(argv=None):
@@ -57,10 +58,10 @@ def parse_args(argv=None):
     p.add_argument("--data", default="toy", help="toy, pets, or a folder of images")
     p.add_argument("--root", default="data", help="where pets lie or are downloaded to")
     p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
-    p.add_argument("--net", type=int, nargs=4, default=[128, 32, 2, 2], help="sizes, see VQVAE")
+    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
     p.add_argument("--codes", type=int, default=512, help="entries of the codebook (K)")
-    p.add_argument("--epochs", type=int, default=6, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=32, help="halve it if memory runs out")
+    p.add_argument("--epochs", type=int, default=2, help="passes over the training photos")
+    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, mirrors")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -91,7 +92,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv3 = nn.Conv2d(width, hidden, 3, padding=1)
         self.conv1 = nn.Conv2d(hidden, width, 1)
-        nn.init.zeros_(self.conv1.weight)  # a new block adds a constant only
+        nn.init.zeros_(self.conv1.weight)  # a new block adds its bias only
 
     def forward(self, x):
         return x + self.conv1(self.conv3(x.relu()).relu())
@@ -104,21 +105,21 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors: moving averages
 
     def forward(self, z):
         B, D, H, W = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 near codes would be mixed up
+        with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
             ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
             squares = self.codes.square().sum(1)  # (K,)
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
-            commitment = F.mse_loss(vectors, q)  # the encoder stays near the codes
+            commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
-            ## forward this is q, backward the bracket is a constant and it is the vectors.
+            ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
-            if self.training:
+            if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
                 self.learn(vectors, ids)
         return q.view(B, H, W, D).movedim(3, 1), commitment, ids.view(B, H, W)
 
@@ -126,14 +127,14 @@ class Quantiser(nn.Module):
     def learn(self, vectors, ids):
         """Each code follows the moving average of its vectors (appendix A.1, eq. 6 to 8)."""
         K = len(self.codes)
-        counts = torch.bincount(ids, minlength=K) / len(ids)  # (K,)
+        share = torch.bincount(ids, minlength=K) / len(ids)  # (K,), in this step
         sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
-        shares = DECAY * self.shares + (1 - DECAY) * counts
-        codes = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums
-        codes /= shares[:, None]  # the mean
-        ## A code that is nearest to no vector would never move again: so codebooks collapse. Such a
-        ## code becomes a random vector. In the first step that is nearly all: a start from data.
-        dead = shares < 0.1 / K  # tuned; 0.9^22 = 0.1: not used for 22 steps
+        shares = DECAY * self.shares + (1 - DECAY) * share
+        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums  # old: code x share
+        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        ## A code that is nearest to no vector would never move again: so codebooks collapse. One
+        ## that is hardly used becomes a random vector; in the first step nearly all do.
+        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
         self.shares.copy_(torch.where(dead, 1 / K, shares))
@@ -162,7 +163,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
         self.head = nn.ConvTranspose2d(a, channels, 4, stride=2, padding=1)
         for module in self.modules():  # no layer normalises; He's weights (2015) keep the scale
-            if isinstance(module, nn.Conv2d) and module.weight.any():
+            if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x):
@@ -178,10 +179,10 @@ def reconstruct_epoch(model, optimizer, images, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
-    ## stopped goes on exactly as it would have, and no generator's state has to be kept.
+    ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
         x = images[batch] / 255
@@ -195,7 +196,7 @@ def reconstruct_epoch(model, optimizer, images, args, epoch):
             output, commitment, _ = model(x)
         ## The photo itself is the target (VQ-VAE, eq. 3): the decoder learns from the error, the
         ## encoder from the error and the commitment. The codes have moved already, without any
-        ## gradient. In units of the photos' variance, 1 is what plain grey would score.
+        ## gradient. In units of the photos' variance, 1 is what their mean grey would score.
         error = F.mse_loss(output.float(), x) / args.variance
         loss = error + COMMITMENT * commitment
         optimizer.zero_grad()
@@ -231,10 +232,10 @@ def measure(model, images, args):
 
 
 def train_vqvae(model, optimizer, history, photos, val, args):
-    """The epochs that are not in history yet. Each leaves log.jsonl and last.pt, all that --resume
-    needs; one with the lowest loss on the validation photos so far leaves best.pt."""
+    """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
+    one with the lowest loss on the validation photos so far leaves best.pt."""
     out = Path(args.out)
-    print(" epoch      loss       lr val_loss    error     PSNR perplex.     used  seconds")
+    print(" epoch      loss       lr val_loss    error     PSNR  perplex     used  seconds")
     for epoch in range(len(history), args.epochs):
         began = time.time()
         row = {"epoch": epoch + 1}
@@ -260,7 +261,7 @@ def finish_images(model, images, args):
     result = load_checkpoint(out / "best.pt", SCRIPT)
     model.load_state_dict(result.pop("model"))
     output, _, _ = model.cpu().eval()(x)
-    save(out / "samples.png", lambda file: save_image(torch.cat([x, output]), file))
+    save(out / "samples.png", lambda file: save_image(torch.cat([x, output]), file, nrow=len(x)))
     text = json.dumps(result | {"torch": torch.__version__}, indent=1)
     save(out / "result.json", lambda file: file.write_text(text))
     print(f"best     epoch {result['metrics']['epoch']}  {out / 'best.pt'}  {out / 'samples.png'}")
@@ -275,8 +276,8 @@ def draw_toy(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, H, W); abs makes two ears of one
-    # A form is where its number is below 1, and minimum joins two.
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -305,7 +306,8 @@ def list_images(args):
         return [base / f"images/{n}.jpg" for n in names if zlib.crc32(n.encode()) % 10 != 1]
     photos = []
     for path in sorted(Path(args.data).rglob("[!.]*")):
-        if path.suffix.lower() in Image.registered_extensions() and not MASKS & set(path.parts):
+        folders = set(path.relative_to(args.data).parts)
+        if path.suffix.lower() in Image.registered_extensions() and not MASKS & folders:
             photos.append(path)
     return photos
 
