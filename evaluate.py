@@ -168,7 +168,7 @@ def open_program(path, device):
         if (alone - logits[:1]).abs().mean() > 0.05 * alone.abs().mean():
             raise ValueError("an answer depends on the batch: call model.eval() before export")
     except FileNotFoundError:
-        sys.exit(f"{path}: no such file; train first, for instance with python finetune.py")
+        sys.exit(f"{path}: no such file: run python finetune.py, or end a stopped run by --resume")
     except Exception as error:  # whatever a foreign file can provoke
         message = str(error).split("\n")[0].split(". ")[0]
         sys.exit(f"{path}: refused: {type(error).__name__}: {message:.300}")

@@ -23,7 +23,7 @@ RUN IT  python linknet.py                        drawn cats and dogs
 
 WHAT TO EXPECT  TODO
 DIFFERS FROM THE PAPER  AdamW, warm-up and a cosine, where it has RMSProp; random
-weights at the start, unless --imagenet; --up subpixel and resnet34 are ours.
+weights unless --imagenet; --up subpixel and resnet34 are ours.
 """
 
 import json
@@ -96,8 +96,7 @@ def doubled(a, b, up):
     ## A transposed 3x3 convolution with stride 2 paints a 3x3 block for every input pixel; blocks
     ## overlap in every second row and column, which may show as a chequered pattern. Sub-pixel
     ## convolution (Shi et al. 2016) makes four times the channels and sorts them into 2x2 blocks:
-    ## no overlap, four times the weights. If the four of a block start equal (ICNR, Aitken et al.
-    ## 2017), there is no pattern even at the start.
+    ## no overlap, four times the weights. Equal ones at the start (ICNR, 2017) show no pattern.
     if up == "transpose":
         conv = nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1, bias=False)
     else:
@@ -164,8 +163,9 @@ def weighted_ce(logits, masks, weights):
     labels = masks.long() * valid  # (B, H, W), 0 where nothing counts
     log_p = logits.float().log_softmax(1)  # (B, C, H, W)
     log_true = log_p.gather(1, labels[:, None])[:, 0]  # (B, H, W), of the true class
-    weight = torch.tensor(weights, device=masks.device)[labels] * valid
-    return -(log_true * weight).sum() / weight.sum().clamp(min=1e-9)
+    weights = torch.tensor(weights, device=masks.device)
+    weights = weights[labels] * valid  # (B, H, W)
+    return -(log_true * weights).sum() / weights.sum().clamp(min=1e-9)
 
 
 def confusion(logits, masks):
@@ -399,11 +399,11 @@ def load_split(args, part):
 
 
 def load_data(args):
-    """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
+    """(images, masks) to train on, and to validate with; sets args.classes."""
     train, val = load_split(args, "train"), load_split(args, "val")
     counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
     labels = counts[:IGNORE].nonzero().flatten().tolist()
-    if len(labels) < 2 or labels != list(range(len(labels))):
+    if not 2 <= len(labels) < IGNORE or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]
     if args.data in ("toy", "pets"):
@@ -412,7 +412,6 @@ def load_data(args):
         args.classes = ["background", "foreground"]
     few = math.ceil(args.frac * len(train[0]))
     train = [tensor[:few] for tensor in train]
-    args.checksum = train[0].sum().item() + train[1].sum().item()
     print(f"data     {args.data}: train {few}  val {len(val[0])}  {args.size} pixels")
     print_baseline(counts, args.classes)
     return [tensor.to(args.device) for tensor in train], [tensor.to(args.device) for tensor in val]
@@ -458,12 +457,13 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
+    args.checksum = args.parameters + photos[0].sum().item() + photos[1].sum().item()
     print(f"model    LinkNet on {args.encoder}, {args.parameters / 1e6:.1f} M parameters")
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
         if last["args"]["checksum"] != args.checksum:
-            sys.exit("--resume: the run had other photos; train anew without --resume")
+            sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]

@@ -1,8 +1,8 @@
 """Masked pre-training of a VQ-VAE on photos without labels: stage 1 of 3.
 
-WHAT IT DOES  Photos (B, 3, H, W) with a grey square go in, and what is under the
-square comes out: it must be guessed from what is around it (Pathak et al. 2016,
-He et al. 2022), through the codes of a VQ-VAE (van den Oord et al. 2017).
+WHAT IT DOES  Photos (B, 3, H, W) with a grey square go in, and what is under it
+comes out: it must be guessed from what is around it (Pathak et al. 2016, He et
+al. 2022), through the codes of a VQ-VAE (van den Oord et al. 2017).
 finetune.py takes over what the network learned.
 
     photo --+--------------- clean, the target ------------------+
@@ -406,7 +406,12 @@ def list_catdog(args):
     """The photos of cats and those of dogs in all collections that lie under --root."""
     cats, dogs = [], []
     if args.download or Path(args.root, "cifar-10-batches-py").exists():
-        cifar = datasets.CIFAR10(args.root, download=args.download)
+        try:
+            cifar = datasets.CIFAR10(args.root, download=args.download)
+        except Exception as error:
+            sys.exit(
+                f"{error}: unpack www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {args.root}"
+            )
         cats += [pixels for pixels, label in zip(cifar.data, cifar.targets) if label == 3]
         dogs += [pixels for pixels, label in zip(cifar.data, cifar.targets) if label == 5]
     for name, url in COLLECTIONS.items():
@@ -425,8 +430,7 @@ def list_catdog(args):
 
 
 def load_photos(args):
-    """Images (N, 3, H, W) uint8, to train on and to validate with. Sets args.checksum, which tells
-    --resume whether the photos are the same."""
+    """Images (N, 3, H, W) uint8, to train on and to validate with."""
     if args.data == "toy":
         images = draw_toy(4096, args.size, seed=3)[0]
     elif args.data == "catdog":
@@ -438,7 +442,6 @@ def load_photos(args):
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     n = math.ceil(len(images) / 10)
     few = math.ceil(args.frac * (len(images) - n))  # the first: a quarter lies in the half
-    args.checksum = images[: n + few].sum().item()
     print(f"data     {args.data}: train {few}  val {n}  {args.size} pixels")
     return images[n:][:few], images[:n]
 
@@ -485,12 +488,13 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
+    args.checksum = args.parameters + photos.sum().item() + val.sum().item()
     print(f"model    VQ-VAE {args.net}, {args.parameters / 1e6:.2f} M parameters")
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
         if last["args"]["checksum"] != args.checksum:
-            sys.exit("--resume: the run had other photos; train anew without --resume")
+            sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]

@@ -400,11 +400,11 @@ def load_split(args, part):
 
 
 def load_data(args):
-    """(images, masks) to train on and to validate with; sets args.classes and args.checksum."""
+    """(images, masks) to train on, and to validate with; sets args.classes."""
     train, val = load_split(args, "train"), load_split(args, "val")
     counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
     labels = counts[:IGNORE].nonzero().flatten().tolist()
-    if len(labels) < 2 or labels != list(range(len(labels))):
+    if not 2 <= len(labels) < IGNORE or labels != list(range(len(labels))):
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
     args.classes = [str(label) for label in labels]
     if args.data in ("toy", "pets"):
@@ -413,7 +413,6 @@ def load_data(args):
         args.classes = ["background", "foreground"]
     few = math.ceil(args.frac * len(train[0]))
     train = [tensor[:few] for tensor in train]
-    args.checksum = train[0].sum().item() + train[1].sum().item()
     print(f"data     {args.data}: train {few}  val {len(val[0])}  {args.size} pixels")
     print_baseline(counts, args.classes)
     return [tensor.to(args.device) for tensor in train], [tensor.to(args.device) for tensor in val]
@@ -458,12 +457,13 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
+    args.checksum = args.parameters + photos[0].sum().item() + photos[1].sum().item()
     print(f"model    U-Net width {args.width}, {args.parameters / 1e6:.1f} M parameters")
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
         if last["args"]["checksum"] != args.checksum:
-            sys.exit("--resume: the run had other photos; train anew without --resume")
+            sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]

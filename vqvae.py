@@ -22,8 +22,8 @@ RUN IT  python vqvae.py                          drawn cats and dogs
 
 WHAT TO EXPECT  TODO
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
-DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step,
-Sonnet, the authors' code: 0.99), as early on the encoder outruns slow ones. Codes
+DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step; 0.99
+in Sonnet, the authors' code), as early on the encoder outruns slow ones. Codes
 start from data, unused ones move to data.
 """
 
@@ -336,13 +336,11 @@ def read_images(photos, args):
 
 
 def load_images(args):
-    """Images (N, 3, H, W) uint8 on the device, to train on and to validate with. Sets
-    args.checksum, which tells --resume whether the photos are the same."""
+    """Images (N, 3, H, W) uint8 on the device, to train on and to validate with."""
     if args.data == "toy":
         images = draw_toy(4096, args.size, seed=3)[0]
     else:
         images = read_images(list_images(args), args)
-    args.checksum = images.sum().item()
     n = math.ceil(len(images) / 10)
     print(f"data     {args.data}: train {len(images) - n}  val {n}  {args.size} pixels")
     return images[n:].to(args.device), images[:n].to(args.device)
@@ -388,13 +386,14 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
+    args.checksum = args.parameters + photos.sum().item() + val.sum().item()
     bits = math.log2(args.codes) / (3 * 8 * 4 ** args.net[3])  # of a cell, of its pixels
     print(f"model    VQ-VAE, {args.parameters / 1e6:.2f} M parameters, {bits:.1%} of the bits")
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
         if last["args"]["checksum"] != args.checksum:
-            sys.exit("--resume: the run had other photos; train anew without --resume")
+            sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]

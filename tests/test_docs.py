@@ -20,7 +20,7 @@ def commands():
     found = [("README.md", command) for command in COMMAND.findall(README)]
     for name in NAMES:
         for command in COMMAND.findall(load(name).__doc__):
-            found.append((f"{name}.py", command.split("   ")[0]))  # what it does stands behind
+            found.append((f"{name}.py", command.split("  ")[0]))  # what it does stands behind
     return sorted({(file, command.strip()) for file, command in found})
 
 
@@ -35,8 +35,8 @@ def test_a_command_is_accepted(file, command, tmp_path, monkeypatch):
     state = {"script": "pretrain.py", "args": {"net": [128, 32, 2, 2]}, "model": {}}
     torch.save(state, "checkpoints/pretrain/best.pt")
     script, *argv = shlex.split(command)
-    if "--resume" not in argv:  # it reads the flags of the run that is there
-        load(script.removesuffix(".py")).parse_args(argv)
+    argv = [word for word in argv if word != "--resume"]  # which reads the run that is there
+    load(script.removesuffix(".py")).parse_args(argv)
 
 
 def test_the_readme_names_every_script():
