@@ -14,7 +14,7 @@ RUN IT  python evaluate.py                       every run under checkpoints/
         python evaluate.py checkpoints/finetune --split val
         python evaluate.py --blur 50 --as-published --json scores.json
 
-WHAT TO EXPECT  TODO
+WHAT TO EXPECT  A table in ten seconds, and overlay.png beside the program.
 A broken run stands level with a baseline: with the answer that everything is
 background, over half of the pixels are right.
 """

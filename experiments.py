@@ -15,7 +15,7 @@ RUN IT  python experiments.py quick              five of them, on drawn pets
         python experiments.py labels --data pets --dry-run
         python experiments.py --table checkpoints/experiments/results.json
 
-WHAT TO EXPECT  TODO
+WHAT TO EXPECT  `quick` takes less than ten minutes on two cores.
 Drawn pets show that everything runs, and little else. A run that breaks is
 named with its last line, and OUT/SCRIPT-HASH.log has all that it printed.
 """

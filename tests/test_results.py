@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from conftest import ROOT, load
+from conftest import NAMES, ROOT, load
 
 RESULTS = ROOT / "tests/results"
 PAGE = (RESULTS / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def read(name):
@@ -53,3 +54,37 @@ def test_speed():
         if "ratio" in row:
             low, high = row["ratios"][0], row["ratios"][-1]
             assert f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |" in PAGE, row["row"]
+
+
+# --- the defaults, in the docstrings and in the README -------------------------------------------
+
+DEFAULTS = read("defaults")["runs"]
+MAIN_SCORE = {"vqvae": "val_error", "pretrain": "val_hidden"}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_to_expect(name):
+    run = DEFAULTS[name]
+    if name in MAIN_SCORE:
+        score = run["metrics"][MAIN_SCORE[name]]
+    else:
+        score = run["scores"]["miou"]
+    assert f" {score:.2f}" in load(name).__doc__.partition("WHAT TO EXPECT")[2]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}.py`")]
+    assert f"{score:.3f}" in row
+    if "seconds" in run:
+        assert f"in {run['seconds']:.0f} s" in row and run["seconds"] < 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_counts_the_lines(name):
+    lines = (ROOT / f"{name}.py").read_text().count("\n")
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}.py`")]
+    assert f"| {lines} |" in row
+
+
+def test_the_quick_start_is_that_of_the_committed_run():
+    scores, quick = DEFAULTS["finetune"]["scores"], read("defaults")["quick_start_seconds"]
+    for key in ["accuracy", "miou"]:
+        assert f"{key:24}{scores[key]:21.4f}" in README
+    assert scores["miou"] > read("defaults")["baseline_miou"] + 0.2 and quick < 240
