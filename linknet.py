@@ -22,8 +22,8 @@ RUN IT  python linknet.py                        drawn cats and dogs
         python evaluate.py checkpoints/linknet   scores on photos never seen
 
 WHAT TO EXPECT  Toy: test mIoU 0.74 after 2 minutes on two cores. Broken: 0.23.
-DIFFERS FROM THE PAPER  AdamW, warm-up and a cosine, where it has RMSProp; random
-weights unless --imagenet; --up subpixel and resnet34 are ours.
+DIFFERS FROM THE PAPER  AdamW, warm-up and a cosine, where it has RMSProp;
+random weights unless --imagenet; --up subpixel and resnet34 are ours.
 """
 
 import json

@@ -96,7 +96,7 @@ LOOPS = {
 
 def limit():
     """Our loop against a bare loop: a whole epoch, and the same network on one resident batch."""
-    n, batch = (4096, 128) if ARGS.device == "cuda" else (512, 32)
+    n, batch = ARGS.photos, min(ARGS.photos, 128 if ARGS.device == "cuda" else 32)
     for name, (build, epoch) in LOOPS.items():
         m = load(name)
         torch.manual_seed(0)
@@ -231,6 +231,7 @@ def main():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", default=[], help=", ".join(MODES))
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--photos", type=int, default=512, help="of an epoch of limit; a GPU: 4096")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", help="write the rows to this file too")
     p.parse_args(namespace=ARGS)

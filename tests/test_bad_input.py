@@ -331,8 +331,8 @@ def test_weights_that_cannot_be_downloaded(here):
     """torch says which file of which address goes where, before its own error."""
     blocked = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": "weights"}
     child = start("linknet", "--size", "32", "--imagenet", cwd=here, env=os.environ | blocked)
-    error = child.communicate()[1]
-    assert "https://" in error and "resnet18" in error and "weights/hub/checkpoints" in error
+    said = "".join(child.communicate())
+    assert "https://" in said and "resnet18" in said and "weights/hub/checkpoints" in said
 
 
 # --- divergence ----------------------------------------------------------------------------------
