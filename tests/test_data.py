@@ -256,22 +256,25 @@ def test_a_turned_photo_fits_its_upright_mask(tmp_path):
 
 # --- photos alone --------------------------------------------------------------------------------
 
-p = load("pretrain")  # its list_images, read_image and read_images are those of vqvae.py
+
+def photos(*flags, script="pretrain"):
+    """Images to train on and to validate with, for these flags."""
+    s = load(script)
+    args = s.parse_args(["--size", "32", "--device", "cpu", *map(str, flags)])
+    if script == "vqvae":
+        return s.load_images(args)
+    return s.load_photos(args)
 
 
-def photos(*flags):
-    """load_photos for these flags -> images to train on and to validate with."""
-    return p.load_photos(p.parse_args(["--size", "32", "--device", "cpu", *map(str, flags)]))
-
-
-def test_a_folder_of_images(flat, capsys):
+@pytest.mark.parametrize("script", ["pretrain", "vqvae"])
+def test_a_folder_of_images(flat, capsys, script):
     """Whatever lies under it: no masks, no hidden files, nothing broken, nothing twice."""
     (flat / "images/more").mkdir()
     drawn(77)[0].save(flat / "images/more/deep.png")
     drawn(78)[0].save(flat / "images/.hidden.png")
     (flat / "images/broken.jpg").write_bytes(b"no photo")
     shutil.copy(flat / "images/003.jpg", flat / "images/again.jpg")
-    train, val = photos("--data", flat)
+    train, val = photos("--data", flat, script=script)
     assert "27, of which 25 can be read" in capsys.readouterr().out
     assert train.shape == (22, 3, 32, 32) and len(val) == 3
 
@@ -283,8 +286,9 @@ def test_a_share_of_the_photos_is_nested_and_leaves_val_alone(flat):
     assert torch.equal(val, val_of_half)
 
 
-def test_pretraining_sees_no_pet_that_is_validated_or_tested_on(pets):
+@pytest.mark.parametrize("script", ["pretrain", "vqvae"])
+def test_pretraining_sees_no_pet_that_is_validated_or_tested_on(pets, script):
     flags = ["--data", "pets", "--root", str(pets)]
-    seen = p.list_images(p.parse_args(flags))
+    seen = load(script).list_images(load(script).parse_args(flags))
     found = m.list_photos(m.parse_args(flags))
     assert sorted(seen) == sorted(photo for photo, _ in found["train"])
