@@ -502,11 +502,12 @@ def main(argv=None):
         for label, name in enumerate(classes):
             answers[f"all {name}"] = torch.zeros_like(counts)
             answers[f"all {name}"][:, :, label] = counts.sum(2)
+        cats = find_cats(data, args.split, len(images))
         scores = {}
         for name, counts in answers.items():
             scores[name] = class_scores(counts, classes)
             if classes == PETS:
-                scores[name] |= pet_scores(counts, find_cats(data, args.split, len(images)))
+                scores[name] |= pet_scores(counts, cats)
             if args.as_published:
                 scores[name] |= published_scores(counts, soft, classes)
             soft = soft * torch.nan  # there are no logits behind the other answers

@@ -234,7 +234,7 @@ def evaluate(args, folders, blur):
         typed += ["--blur", str(blur), "--json", collected]
         subprocess.run(typed, stdout=subprocess.DEVNULL, check=True)
         for folder, record in zip(todo, json.loads(collected.read_text())):
-            Path(folder, name).write_text(json.dumps(record))
+            save(Path(folder, name), lambda file: file.write_text(json.dumps(record)))
     return {folder: json.loads(Path(folder, name).read_text()) for folder in folders}
 
 

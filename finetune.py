@@ -128,10 +128,10 @@ class Quantiser(nn.Module):
     def learn(self, vectors, ids):
         """Each code follows the moving average of its vectors (appendix A.1, eq. 6 to 8)."""
         K = len(self.codes)
-        share = torch.bincount(ids, minlength=K) / len(ids)  # (K,), in this step
-        sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
-        shares = DECAY * self.shares + (1 - DECAY) * share
-        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * sums  # old: code x share
+        new_shares = torch.bincount(ids, minlength=K) / len(ids)  # (K,), of this step
+        new_sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
+        shares = DECAY * self.shares + (1 - DECAY) * new_shares
+        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * new_sums
         codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
         ## A code that is nearest to no vector would never move again: so codebooks collapse. One
         ## that is hardly used becomes a random vector; in the first step nearly all do.

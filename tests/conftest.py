@@ -83,17 +83,22 @@ def network(name):
     return getattr(load(name), kind)(*sizes)
 
 
+def typed(script, argv):
+    """The words of a command line that runs a script."""
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
+
+
 def start(script, *argv, cwd, **options):
     """A script as a child process, as typed, in the folder cwd."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes, **options)
+    return subprocess.Popen(typed(script, argv), cwd=cwd, **pipes, **options)
 
 
 def run(script, *argv, cwd, timeout=240):
     """A script as a child process that must succeed -> what it prints."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+    done = subprocess.run(
+        typed(script, argv), cwd=cwd, timeout=timeout, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
