@@ -312,17 +312,17 @@ def run_program(segment, images, masks, args):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. A ball has the pet's colour, so colour alone does not tell."""
+    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
     # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
     pet = body.minimum(head).minimum(ears)
-    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2
+    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2  # in the pet's colour, to mislead
     masks = torch.ones(n, *size, dtype=torch.uint8)
     masks[pet < 1.2] = 2
     masks[pet < 0.8] = 0
@@ -372,21 +372,23 @@ def list_photos(args):
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Names sort by breed. The golden ratio spreads the first ones, any --frac, evenly over all.
+    # Sorted by 0.618 i modulo 1 (golden ratio), the first, any --frac, lie evenly over the breeds.
     order = np.argsort(0.618034 * np.arange(len(train)) % 1)
     return parts | {"train": [train[i] for i in order]}
 
 
 def read_pair(pair, args):
-    """(photo, mask) paths -> RGB and grey values (H, W, 4) uint8, stretched to --size."""
+    """(photo, mask) paths -> RGB and labels (H, W, 4) uint8, stretched to --size."""
     try:
         photo, mask = ImageOps.exif_transpose(Image.open(pair[0])), Image.open(pair[1])
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
+        # Labels are grey values, or in a PNG of colours the numbers of its palette: not in black
+        # and white, where some programs give white the number 0.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
-            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))  # a palette's indices
+            labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
         sys.exit(f"{pair[0]}, {pair[1]}: {error}; wanted an 8-bit photo, a PNG mask of its size")

@@ -33,6 +33,7 @@ import sys
 import time
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/pretrain", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags, but those that are typed win
+    if args.resume:  # the run's own flags (but for its place), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -97,7 +98,7 @@ def parse_args(argv=None):
     shares = re.fullmatch(r"(0|0?\.\d+)-(0?\.\d+)", args.mask)
     if not shares or float(shares[1]) > float(shares[2]):
         p.error(f"--mask {args.mask}: wanted LO-HI, two shares below 1, such as 0.05-0.25")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
     return args
 
 
@@ -339,17 +340,17 @@ def pretrain(model, optimizer, history, photos, val, masks, args):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. A ball has the pet's colour, so colour alone does not tell."""
+    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
     # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
     pet = body.minimum(head).minimum(ears)
-    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2
+    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2  # in the pet's colour, to mislead
     masks = torch.ones(n, *size, dtype=torch.uint8)
     masks[pet < 1.2] = 2
     masks[pet < 0.8] = 0
@@ -376,6 +377,8 @@ def list_images(args):
         folders = set(path.relative_to(args.data).parts)
         if path.suffix.lower() in Image.registered_extensions() and not MASKS & folders:
             photos.append(path)
+    for folder, n in Counter(path.parent for path in photos).items():
+        print(f"photos   {folder}: {n}")
     return photos
 
 
@@ -424,8 +427,11 @@ def list_catdog(args):
             (part / name).rename(folder)  # now it is whole
         photos = sorted(folder.rglob("*.[jp][pn]g"))
         print(f"photos   {name}: {len(photos)}")
-        cats += [photo for photo in photos if photo.parent.name.lower().startswith("cat")]
-        dogs += [photo for photo in photos if not photo.parent.name.lower().startswith("cat")]
+        for photo in photos:
+            if photo.parent.name.lower().startswith("cat"):
+                cats.append(photo)
+            else:
+                dogs.append(photo)
     return cats, dogs
 
 
@@ -436,10 +442,9 @@ def load_photos(args):
     elif args.data == "catdog":
         species = [read_images(photos, args) for photos in list_catdog(args)]
         fewer = min(len(images) for images in species)
-        images = torch.cat([images[:fewer] for images in species])
+        images = torch.stack([images[:fewer] for images in species], dim=1).flatten(0, 1)  # in turn
     else:
         images = read_images(list_images(args), args)
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     n = math.ceil(len(images) / 10)
     few = math.ceil(args.frac * (len(images) - n))  # the first: a quarter lies in the half
     print(f"data     {args.data}: train {few}  val {n}  {args.size} pixels")
@@ -461,11 +466,11 @@ def load_checkpoint(path, *scripts):
     """The dictionary in a .pt file that one of the scripts wrote, its tensors on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # not there, or cut short
-        sys.exit(f"{path}: {type(error).__name__}; run python {scripts[0]} first")
-    if state["script"] not in scripts:
-        sys.exit(f"{path}: was written by {state['script']}; run python {scripts[0]} first")
-    return state
+        if state["script"] not in scripts:
+            raise ValueError(f"it was written by {state['script']}")
+        return state
+    except Exception as error:  # not there, cut short, or from elsewhere
+        sys.exit(f"{path}: {error!r:.99}; run python {scripts[0]} first")
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -485,7 +490,7 @@ def main(argv=None):
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
     model = VQVAE(3, *args.net)
-    model.to(args.device, memory_format=torch.channels_last)
+    model.to(args.device, memory_format=torch.channels_last)  # faster
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
     args.checksum = args.parameters + photos.sum().item() + val.sum().item()
@@ -493,7 +498,7 @@ def main(argv=None):
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
-        if last["args"]["checksum"] != args.checksum:
+        if last["args"]["checksum"] != args.checksum:  # other widths, other pixels
             sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])

@@ -34,6 +34,7 @@ import sys
 import time
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/vqvae", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags, but those that are typed win
+    if args.resume:  # the run's own flags (but for its place), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     factor = 2 ** args.net[3]
     if args.size[0] % factor or args.size[1] % factor:
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
     return args
 
 
@@ -272,17 +273,17 @@ def finish_images(model, images, args):
 
 def draw_toy(n, size, seed):
     """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. A ball has the pet's colour, so colour alone does not tell."""
+    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
-    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two
+    X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
     # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
     pet = body.minimum(head).minimum(ears)
-    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2
+    ball = 15 * (x - 2 * c) ** 2 + 15 * (y - 2 * d) ** 2  # in the pet's colour, to mislead
     masks = torch.ones(n, *size, dtype=torch.uint8)
     masks[pet < 1.2] = 2
     masks[pet < 0.8] = 0
@@ -309,6 +310,8 @@ def list_images(args):
         folders = set(path.relative_to(args.data).parts)
         if path.suffix.lower() in Image.registered_extensions() and not MASKS & folders:
             photos.append(path)
+    for folder, n in Counter(path.parent for path in photos).items():
+        print(f"photos   {folder}: {n}")
     return photos
 
 
@@ -361,11 +364,11 @@ def load_checkpoint(path, *scripts):
     """The dictionary in a .pt file that one of the scripts wrote, its tensors on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # not there, or cut short
-        sys.exit(f"{path}: {type(error).__name__}; run python {scripts[0]} first")
-    if state["script"] not in scripts:
-        sys.exit(f"{path}: was written by {state['script']}; run python {scripts[0]} first")
-    return state
+        if state["script"] not in scripts:
+            raise ValueError(f"it was written by {state['script']}")
+        return state
+    except Exception as error:  # not there, cut short, or from elsewhere
+        sys.exit(f"{path}: {error!r:.99}; run python {scripts[0]} first")
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -383,7 +386,7 @@ def main(argv=None):
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
     model = VQVAE(3, *args.net, args.codes)
-    model.to(args.device, memory_format=torch.channels_last)
+    model.to(args.device, memory_format=torch.channels_last)  # faster
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
     args.checksum = args.parameters + photos.sum().item() + val.sum().item()
@@ -392,7 +395,7 @@ def main(argv=None):
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)
-        if last["args"]["checksum"] != args.checksum:
+        if last["args"]["checksum"] != args.checksum:  # other widths, other pixels
             sys.exit("--resume: the run had other photos or sizes; train anew without --resume")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])

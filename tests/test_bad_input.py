@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import (
     NETWORKS,
     ROOT,
@@ -265,7 +266,14 @@ def test_init_of_another_script(folder, refuse):
     """The line says whose it is, and which script to run."""
     small_run("vqvae", folder)
     line = refuse("finetune", "--init", "checkpoints/vqvae/best.pt")
-    assert "checkpoints/vqvae/best.pt: was written by vqvae.py; run python pretrain.py" in line
+    assert "checkpoints/vqvae/best.pt: " in line
+    assert "it was written by vqvae.py" in line and "run python pretrain.py" in line
+
+
+def test_init_from_elsewhere(refused):
+    """A .pt file of somebody else's, without a script's name."""
+    torch.save({"weight": torch.zeros(3)}, "foreign.pt")
+    assert "foreign.pt: KeyError('script')" in refused("finetune", "--init", "foreign.pt")
 
 
 def test_resume_with_other_photos(folder, refuse):
@@ -327,12 +335,21 @@ def test_a_collection_that_cannot_be_downloaded(module, folder, url, catdog, mon
     small_run("pretrain", "catdog", "--root", str(catdog), "--download")
 
 
-def test_weights_that_cannot_be_downloaded(here):
-    """torch says which file of which address goes where, before its own error."""
-    blocked = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": "weights"}
-    child = start("linknet", "--size", "32", "--imagenet", cwd=here, env=os.environ | blocked)
-    said = "".join(child.communicate())
-    assert "https://" in said and "resnet18" in said and "weights/hub/checkpoints" in said
+def test_weights_that_cannot_be_downloaded(here, folder):
+    """torch says which file of which address goes where, and one line what to do. Done by hand,
+    with weights of the right shapes, it trains."""
+    blocked = os.environ | {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": "weights"}
+    flags = ["--data", folder, "--size", "32", "--epochs", "1", "--imagenet"]
+    said = "".join(start("linknet", *flags, cwd=here, env=blocked).communicate())
+    assert "Traceback" not in said and "fetch that file by hand and put it there" in said
+    url, path = re.search(r'"(https://\S+resnet18\S+)" to (\S+)', said).groups()
+    assert path.startswith(str(here / "weights")) or path.startswith("weights/")
+    assert Path(path).name == Path(url).name
+    Path(here, path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torchvision.models.resnet18().state_dict(), Path(here, path))
+    child = start("linknet", *flags, cwd=here, env=blocked)
+    child.communicate()
+    assert child.returncode == 0
 
 
 # --- divergence ----------------------------------------------------------------------------------

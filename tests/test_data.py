@@ -275,7 +275,9 @@ def test_a_folder_of_images(flat, capsys, script):
     (flat / "images/broken.jpg").write_bytes(b"no photo")
     shutil.copy(flat / "images/003.jpg", flat / "images/again.jpg")
     train, val = photos("--data", flat, script=script)
-    assert "27, of which 25 can be read" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{flat}/images: 26\n" in out and f"{flat}/images/more: 1\n" in out
+    assert "27, of which 25 can be read" in out
     assert train.shape == (22, 3, 32, 32) and len(val) == 3
 
 

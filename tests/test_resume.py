@@ -122,6 +122,16 @@ def test_other_photos_are_refused(name, typed, refuse, here):
     assert Path("run/last.pt").read_bytes() == before and not Path("run.prev").exists()
 
 
+def test_another_validation_photo_is_refused(tmp_path, refuse):
+    """The best epoch was chosen on the others."""
+    write_folder(tmp_path / "mine/train", 8)
+    write_folder(tmp_path / "mine/val", 3)
+    flags = ["--size", "32", "--width", "4", "--data", str(tmp_path / "mine")]
+    load("unet").main([*flags, "--out", str(tmp_path / "run"), "--epochs", "1"])
+    write_folder(tmp_path / "mine/val", 1, first=3)
+    assert "other photos" in refuse("unet", "--resume", "--out", str(tmp_path / "run"))
+
+
 def test_the_start_of_a_run_may_be_gone(typed):
     """Whatever became of --init meanwhile: the sizes and the weights are in last.pt."""
     load("pretrain").main(
