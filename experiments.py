@@ -3,15 +3,14 @@
 WHAT IT DOES  Starts pretrain.py, finetune.py and the others as child processes
 and keeps every run that is finished: a second call skips it, and a killed call
 goes on where it was. When all are trained, evaluate.py reads the test photos,
-and the scores become tables, with the published figures beside ours.
+and the scores become tables and charts, with the published figures beside ours.
 
 YOU WILL LEARN  what makes a comparison fair: the same steps and the same seeds
 -> plan; why a difference is taken seed by seed before it is averaged -> paired;
-what the figures published by the projects before this one really were ->
-PUBLISHED, NOTES
+what earlier projects published, under its true definition -> PUBLISHED
 
 RUN IT  python experiments.py quick              four of them, on drawn pets
-        python experiments.py labels masks --data pets --jobs 2
+        python experiments.py labels steps --data pets --jobs 2
         python experiments.py labels --data pets --dry-run
         python experiments.py --table checkpoints/experiments/results.json
 
@@ -48,26 +47,27 @@ FOLDERS = {  # experiments on a data set of the same name under --root
         "LinkNet": "linknet --size 192 256 --batch-size 2",
     },
 }
-EXPERIMENTS = ["labels", "pretraining", "imbalance", "blur", "masks", "models", *FOLDERS]
+CHARTS = ["labels", "steps", "blur"]
+EXPERIMENTS = ["labels", "steps", "pretraining", "imbalance", "blur", "masks", "models", *FOLDERS]
 
 
 def parse_args(argv=None):
     names = f"{', '.join(EXPERIMENTS)}; or all; or quick: {', '.join(QUICK)} on drawn pets"
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help=names)
-    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first six")
+    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first seven")
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, default=3, help="runs of each arm; quick: 1")
     p.add_argument("--epochs", type=int, default=6, help="with all labels; quick: 2")
-    p.add_argument("--pretrain-epochs", type=int, default=3, help="with all photos; quick: 1")
+    p.add_argument("--pretrain-epochs", type=int, default=4, help="with all photos; quick: 1")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
     p.add_argument("--table", metavar="FILE", help="only print the tables of a results.json")
     p.add_argument("--out", default="checkpoints/experiments", help="runs and results")
     args = p.parse_args(argv)
     if args.names == ["quick"]:
-        p.set_defaults(size=32, seeds=1, epochs=2, pretrain_epochs=1)
+        p.set_defaults(size=32, seeds=1, epochs=2, pretrain_epochs=1, out="checkpoints/quick")
         args = p.parse_args(argv)  # what is typed wins
         args.names = QUICK
     elif args.names == ["all"]:
@@ -83,6 +83,7 @@ def parse_args(argv=None):
 ## whatever the number of labels, the same seeds, and the same learning rate. An arm is a line of a
 ## table: its label, the command of its training, and that of the pre-training that it starts from.
 
+STEPS_EPOCHS = [5, 10, 30, 120]
 FRACS = {"toy": [1.0, 0.1], "pets": [1.0, 0.5, 0.25, 0.1]}
 PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3329)}  # to train on, without labels and with them
 MASK_FLAGS = {"one square": "", "patches of 8 pixels": "--patch 8", "patches of 16": "--patch 16"}
@@ -99,11 +100,11 @@ def tuned(args, label, pre, frac=1.0, more=0.0):
     return {"label": label, "command": f"finetune --frac {frac} --epochs {epochs}", "pre": pre}
 
 
-def longer(args, label, frac=1.0):
+def longer(args, label):
     """Scratch with as many steps as pre-training and fine-tuning together: is it the unlabelled
     photos that help, or the time?"""
     unlabelled, labelled = PHOTOS[args.data]
-    return tuned(args, label, None, frac, more=args.pretrain_epochs * unlabelled / labelled)
+    return tuned(args, label, None, more=args.pretrain_epochs * unlabelled / labelled)
 
 
 def plan_models(args):
@@ -134,7 +135,14 @@ def plan(args, name):
             share = f"{100 * frac:g} %"
             arms.append(tuned(args, f"pre-trained, {share}", pre, frac))
             arms.append(tuned(args, f"scratch, {share}", None, frac))
-            arms.append(longer(args, f"scratch, as long, {share}", frac))
+        arms.append(longer(args, "scratch, as long, 100 %"))
+    elif name == "steps":  # how long does the lead of pre-training last?
+        for epochs in STEPS_EPOCHS:
+            steps = epochs * round(PHOTOS[args.data][1] / 160)  # a tenth, in batches of 16
+            for label, start in [("pre-trained", pre), ("scratch", None)]:
+                command = f"finetune --frac 0.1 --epochs {epochs}"
+                label = f"{label}, {steps} steps"
+                arms.append({"label": label, "command": command, "pre": start})
     elif name == "pretraining":  # do more unlabelled photos help?
         arms = [tuned(args, "all", pre), tuned(args, "half", pretraining(args, 0.5))]
         arms += [tuned(args, "none", None), longer(args, "none, as long")]
@@ -250,7 +258,7 @@ def collect(args, name, arms):
         for folder, (arm, seed, command) in runs.items():
             result = json.loads(Path(folder, "result.json").read_text())
             record = {"experiment": name, "arm": arm["label"], "seed": seed, "run": folder}
-            record |= {"command": command, "pretraining": None, "lr": result["args"]["lr"]}
+            record |= {"command": command, "pretraining": None}
             if name == "blur":
                 record["arm"] += f", {blur} %"
             if arm["pre"]:
@@ -258,6 +266,8 @@ def collect(args, name, arms):
             for key, score in tested[folder]["scores"].items():
                 if not isinstance(score, dict):  # but not those of each class
                     record[key] = score
+            for key, score in tested[folder]["scores"]["classes"].get("foreground", {}).items():
+                record[f"D5_{key}"] = score
             record |= {key: tested[folder][key] for key in TESTED}
             for key in ["val_miou", "seconds"]:
                 record[key] = result["metrics"][key]
@@ -266,71 +276,44 @@ def collect(args, name, arms):
 
 
 # --- tables --------------------------------------------------------------------------------------
-## The figures of the projects before this one, each under the definition that it really has (D1 to
-## D7, see README: how scores are defined). The tables put ours under the same definition beside it.
+## What the projects before this one published, {(experiment, arm): {score: theirs}}. D1 to D7 are
+## the definitions that their figures really have, see evaluate.py: published_scores.
 
 PUBLISHED = {
-    ("labels", "pre-trained, 100 %"): "D1 .864 / .769, accuracy .865; again .851 / .752, .853",
-    ("labels", "scratch, 100 %"): "D1 .853 / .752, accuracy .857; again .851 / .750, .855",
-    ("labels", "pre-trained, 50 %"): "D1 .845 / .742, accuracy .846; again .848 / .746, .850",
-    ("labels", "pre-trained, 25 %"): "D1 .829 / .719, accuracy .830",
-    ("pretraining", "all"): "D1 .864 / .769, accuracy .865; again .851 / .752, .853",
-    ("pretraining", "half"): "D1 .855 / .755, accuracy .857; again .829 / .718, .831",
-    ("pretraining", "none"): "D1 .853 / .752, accuracy .857; again .851 / .750, .855",
-    ("imbalance", "three cat breeds"): "D1 .843 / .740, accuracy .846",
-    ("blur", "VQ-VAE, pre-trained, 0 %"): "D1 .851 / .751, accuracy .853",
-    ("blur", "VQ-VAE, pre-trained, 25 %"): "D1 .749 / .618, accuracy .750",
-    ("blur", "VQ-VAE, pre-trained, 50 %"): "D1 .683 / .531, accuracy .683",
-    ("blur", "VQ-VAE, pre-trained, 75 %"): "D1 .649 / .494, accuracy .649",
-    ("blur", "VQ-VAE, pre-trained, 100 %"): "D1 .621 / .466, accuracy .621",
-    ("models", "VQ-VAE, pre-trained"): "D1 .864 / .769, accuracy .865",
-    ("models", "LinkNet"): "D3 .857 / .768 (ImageNet weights, own split)",
-    ("models", "SegNet"): "D2 .511 / .343, accuracy .875",
-    ("camvid", "original"): "D7 .676 (validation; test .563)",
-    ("camvid", "modified"): "D7 .652 (validation; test .509)",
-    ("retina", "U-Net"): "D6 1 - .116 = .884 (training photos)",
-    ("puzzle", "transposed"): "IoU .925 (one run)",
-    ("puzzle", "ResNet-34"): "IoU .979 (ImageNet weights)",
+    ("labels", "pre-trained, 100 %"): {"D1_dice": 0.864, "D1_iou": 0.769, "D4_accuracy": 0.865},
+    ("labels", "scratch, 100 %"): {"D1_dice": 0.853, "D1_iou": 0.752, "D4_accuracy": 0.857},
+    ("labels", "pre-trained, 50 %"): {"D1_dice": 0.845, "D1_iou": 0.742, "D4_accuracy": 0.846},
+    ("labels", "pre-trained, 25 %"): {"D1_dice": 0.829, "D1_iou": 0.719, "D4_accuracy": 0.830},
+    ("pretraining", "half"): {"D1_dice": 0.855, "D1_iou": 0.755, "D4_accuracy": 0.857},
+    ("imbalance", "three cat breeds"): {"D1_dice": 0.843, "D1_iou": 0.740, "D4_accuracy": 0.846},
+    ("blur", "VQ-VAE, pre-trained, 0 %"): {"D1_dice": 0.851, "D4_accuracy": 0.853},
+    ("blur", "VQ-VAE, pre-trained, 25 %"): {"D1_dice": 0.749, "D4_accuracy": 0.750},
+    ("blur", "VQ-VAE, pre-trained, 50 %"): {"D1_dice": 0.683, "D4_accuracy": 0.683},
+    ("blur", "VQ-VAE, pre-trained, 75 %"): {"D1_dice": 0.649, "D4_accuracy": 0.649},
+    ("blur", "VQ-VAE, pre-trained, 100 %"): {"D1_dice": 0.621, "D4_accuracy": 0.621},
+    ("models", "LinkNet"): {"D3_dice": 0.857, "D3_iou": 0.768},
+    ("models", "SegNet"): {"D2_dice": 0.511, "D2_iou": 0.343, "D4_accuracy": 0.875},
+    ("camvid", "original"): {"D7_dice": 0.676},
+    ("camvid", "modified"): {"D7_dice": 0.652},
+    ("retina", "U-Net"): {"D6_dice": 0.884},
+    ("puzzle", "transposed"): {"D5_iou": 0.925},
 }
 NOTES = {
-    "labels": "D1 pools all classes: of outputs that are 0 or 1 it is pixel accuracy. The two "
-    "published series disagree by more than the effect; no scratch arm has fewer labels.",
-    "pretraining": "The published halves point in opposite directions; one seed each.",
-    "imbalance": "The published set is also a quarter smaller: the control has its size and all "
-    "breeds, so that only the imbalance is left.",
-    "blur": "The published codebook went on learning from the blurred test photos.",
-    "masks": "The published mask is a square of at most 6 % of the area and was in the target.",
-    "models": "Three definitions stood in one column; here they stand apart.",
-    "camvid": "The published 'IoU' is D7, a mean of Dice values (void is a class there), on the "
-    "validation photos; the LinkNet paper lists test IoU of SegNet .652, ENet .683 "
-    "(accuracies of classes in ENet's paper), Dilation8 .653, LinkNet .683.",
-    "retina": "The published figure is one minus the loss on the training photos.",
+    "labels": "All arms take the same number of steps.",
+    "steps": "A tenth of the labels.",
+    "imbalance": "The control has as many photos, of all breeds.",
+    "blur": "The networks of `models`, on blurred test photos.",
     "puzzle": "Four test photos: differences of half a point mean nothing.",
 }
-USUAL = ["lr", "train_miou", "val_miou", "miou", "accuracy", "D1_dice", "D1_iou"]
-MODELS = ["parameters", "multiply_adds", "images_per_second", "memory_gb", "seconds"]
+USUAL = ["val_miou", "miou", "accuracy"]
 COLUMNS = {
-    "imbalance": ["lr", "accuracy", "miou", "cat_miou", "dog_miou", "D1_dice"],
-    "blur": ["miou", "accuracy", "D1_dice", "D1_iou"],
-    "models": ["lr", "accuracy", "miou", "D1_dice", "D2_dice", "D3_dice", *MODELS],
-    "camvid": ["accuracy", "miou", "D7_dice", "seconds"],
-    "retina": ["dice", "miou", "D6_dice"],
-    "puzzle": ["accuracy", "precision", "recall", "f1", "miou"],
+    "imbalance": ["miou", "cat_miou", "dog_miou"],
+    "blur": ["miou", "accuracy"],
+    "models": [*USUAL, "dice", "parameters", "multiply_adds", "seconds"],
+    "puzzle": [*USUAL, "D5_iou"],
+    "retina": [*USUAL, "D5_iou"],
 }
-TITLES = {
-    "miou": "test mIoU",
-    "train_miou": "training mIoU",
-    "val_miou": "validation mIoU",
-    "cat_miou": "cats mIoU",
-    "dog_miou": "dogs mIoU",
-    "dice": "Dice",
-    "f1": "F1",
-    "D1_iou": "D1 IoU",
-    "multiply_adds": "multiply-adds",
-    "images_per_second": "images/s in training",
-    "memory_gb": "GB",
-    "seconds": "seconds an epoch",
-}
+TITLES = {"miou": "test mIoU", "val_miou": "validation mIoU", "seconds": "seconds an epoch"}
 CONTROLS = {  # what the other arms are compared with
     "pretraining": ["none", "none, as long"],
     "masks": ["no pre-training"],
@@ -354,11 +337,11 @@ def spread(values):
     return statistics.fmean(values), statistics.stdev(values)
 
 
-def paired(one, other, key="miou"):
+def paired(one, other):
     """Mean and deviation of the differences of two arms, taken seed by seed."""
     ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. With
     ## three seeds the 95 % interval of the mean is ± 2.5 deviations (Student's t).
-    return spread([one[seed][key] - other[seed][key] for seed in one if seed in other])
+    return spread([one[seed]["miou"] - other[seed]["miou"] for seed in one if seed in other])
 
 
 def cell(values):
@@ -373,50 +356,90 @@ def cell(values):
     return f"{mean:.4f}"
 
 
-def caption(first, groups):
-    """The line above a table: what was measured, on what, how often; first is a record."""
-    counts = [len(group) for group in groups.values()]
-    how = "one seed"
-    if max(counts) > 1:
-        how = f"{max(counts)} seeds, mean ± standard deviation"
-    if max(counts) > min(counts):
-        how += " (rows without: one seed)"
-    if first["data"] == "toy":
-        how += "; drawn pictures, so these are toy scores"
-    size = "x".join(str(side) for side in first["size"])
-    return (
-        f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, "
-        f"torch {first['torch']}, {how}. {NOTES[first['experiment']]}"
-    )
+def controls_of(name, label):
+    """The arms that an arm is compared with."""
+    if name in CONTROLS and label not in CONTROLS[name]:
+        return CONTROLS[name]
+    if label.startswith("pre-trained"):
+        return [label.replace("pre-trained", arm) for arm in ("scratch", "scratch, as long")]
+    return []
 
 
-def differences(name, groups):
-    """A line for each arm and each of its controls."""
-    key = "cat_miou" if name == "imbalance" else "miou"
+def gains(name, groups, number):
+    """{arm: by how much it is ahead of its first (0) or second (1) control}, as text."""
+    found = {}
     for label, group in groups.items():
-        scratch = label.replace("pre-trained", "scratch")
-        as_long = label.replace("pre-trained", "scratch, as long")
-        controls = CONTROLS.get(name, [scratch, as_long])
-        for control in controls:  # no arm stands against itself, nor the first control at all
-            if control in groups and label not in (control, controls[0]):
-                mean, std = paired(group, groups[control], key)
-                text = f"{mean:+.4f} ± {std:.4f}" if std else f"{mean:+.4f}"
-                yield f"- {label}: {TITLES[key]} {text} against {control}, seed by seed."
+        for control in controls_of(name, label)[number : number + 1]:
+            if control in groups:
+                mean, std = paired(group, groups[control])
+                found[label] = f"{mean:+.4f} ± {std:.4f}" if std else f"{mean:+.4f}"
+    return found
 
 
 def markdown(records, name):
-    """The table of one experiment, and the differences of its arms."""
+    """The table of one experiment."""
     groups = grouped(records, name)
     first = next(record for record in records if record["experiment"] == name)
-    columns = [column for column in COLUMNS.get(name, USUAL) if column in first]
+    seeds = sorted({len(group) for group in groups.values()})
+    size = "x".join(str(side) for side in first["size"])
+    lines = [
+        f"### {name}",
+        "",
+        f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, torch "
+        f"{first['torch']}, seeds: {' or '.join(map(str, seeds))}. {NOTES.get(name, '')}".strip(),
+        "",
+    ]
+    columns = COLUMNS.get(name, USUAL)
     titles = [TITLES.get(column, column.replace("_", " ")) for column in columns]
-    lines = [f"### {name}", "", caption(first, groups), ""]
-    lines += [f"| | {' | '.join(titles)} | published |", "|---" * (len(columns) + 2) + "|"]
+    more = {"gain": gains(name, groups, 0), "gain against as long": gains(name, groups, 1)}
+    more = {title: found for title, found in more.items() if found}
+    lines.append(f"| | {' | '.join([*titles, *more])} |")
+    lines.append("|---" * (1 + len(titles) + len(more)) + "|")
     for label, group in groups.items():
         cells = [cell([record[column] for record in group.values()]) for column in columns]
-        lines.append(f"| {label} | {' | '.join(cells)} | {PUBLISHED.get((name, label), '')} |")
-    lines += ["", *differences(name, groups)]
-    return "\n".join(lines).strip() + "\n"
+        cells += [found.get(label, "") for found in more.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def published(records):
+    """The published figures, and ours under the same definition."""
+    lines = ["### published", "", "| | definition | theirs | ours |", "|---|---|---|---|"]
+    for (name, arm), theirs in PUBLISHED.items():
+        group = grouped(records, name).get(arm)
+        for key, value in theirs.items():
+            if group:
+                ours = cell([record[key] for record in group.values()])
+                what = key.replace("_", " ")
+                lines.append(f"| {name}: {arm} | {what} | {value:.3f} | {ours} |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(records, name):
+    """An SVG of the test mIoU of arms that are labelled "LINE, X": a line for each LINE."""
+    lines = {}
+    for label, group in grouped(records, name).items():
+        line, _, x = label.rpartition(", ")
+        mean, _ = spread([record["miou"] for record in group.values()])
+        lines.setdefault(line, {})[x] = mean
+    xs = {x for line in lines.values() for x in line}
+    xs = sorted(xs, key=lambda x: float(x.split()[0]))  # side by side, whatever lies between them
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
+    svg.append('<rect width="760" height="400" fill="white"/><text x="60" y="20">test mIoU</text>')
+    for tenth in range(2, 9):  # the axis goes from 0.2 to 0.8
+        y = 440 - 50 * tenth
+        svg.append(f'<text x="20" y="{y + 5}">0.{tenth}</text>')
+        svg.append(f'<path d="M 60 {y} H 540" stroke="lightgrey"/>')
+    for i, x in enumerate(xs):
+        svg.append(f'<text x="{60 + 110 * i}" y="380">{x}</text>')
+    for i, (line, points) in enumerate(lines.items()):
+        colour = ["black", "red", "blue", "green", "orange", "purple"][i % 6]
+        svg.append(f'<text x="560" y="{60 + 24 * i}" fill="{colour}">{line}</text>')
+        places = [
+            f"{60 + 110 * xs.index(x)},{440 - 500 * points[x]:.0f}" for x in xs if x in points
+        ]
+        svg.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"/>')
+    return "\n".join([*svg, "</svg>"])
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -430,16 +453,19 @@ def save(path, write):
     temporary.replace(path)
 
 
-def names_of(records):
-    """The experiments in records."""
-    return list(dict.fromkeys(record["experiment"] for record in records))
+def show(records, folder):
+    """All tables as text; the charts go into the folder."""
+    names = list(dict.fromkeys(record["experiment"] for record in records))
+    for name in set(names) & set(CHARTS):
+        drawn = chart(records, name)
+        save(folder / f"{name}.svg", lambda file: file.write_text(drawn))
+    return "\n".join([markdown(records, name) for name in names] + [published(records)])
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        records = json.loads(Path(args.table).read_text())
-        print("\n".join(markdown(records, name) for name in names_of(records)))
+        print(show(json.loads(Path(args.table).read_text()), Path(args.table).parent))
         return
 
     ## 1. Train all arms with all seeds: what is finished is not run again.
@@ -458,16 +484,15 @@ def main(argv=None):
         records += collect(args, name, arms)
 
     ## 3. The tables. What other experiments left there stays.
-    out, new = Path(args.out), names_of(records)
+    out = Path(args.out)
     if (out / "results.json").exists():
         for record in json.loads((out / "results.json").read_text()):
-            if record["experiment"] not in new:
+            if not plans.get(record["experiment"]):
                 records.append(record)
-    tables = {name: markdown(records, name) for name in names_of(records)}
     save(out / "results.json", lambda file: file.write_text(json.dumps(records, indent=1)))
-    save(out / "results.md", lambda file: file.write_text("\n".join(tables.values())))
-    print("\n" + "\n".join(tables[name] for name in new))
-    print(f"results  {out}/results.json, results.md")
+    text = show(records, out)
+    save(out / "results.md", lambda file: file.write_text(text))
+    print(f"\n{text}\nresults  {out}/results.json, results.md")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ learned to redraw masked photos. It gets a new head, and all of it is trained.
         z 64 x 16 x 16 -> ids 16 x 16 -> q 64 x 16 x 16
           encoder        nearest of 512      decoder
 
-YOU WILL LEARN  what is taken over from the pre-training, and what never ->
-take_over, Segmenter; losses by hand -> bce_loss, dice_loss; all scores from one
-matrix of counts -> confusion
+YOU WILL LEARN  what is taken over, and what never -> take_over; losses by hand
+-> bce_loss, dice_loss; all scores from one matrix of counts -> confusion. The
+quantiser is that of pretrain.py.
 
 RUN IT  python finetune.py --frac 0.5            after python pretrain.py
         python finetune.py --init none           without it
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
     p.add_argument("--ignore", type=int, help="label of the masks that does not count")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
-    p.add_argument("--cats", nargs="+", default=[], help="only these breeds of cats, and all dogs")
+    p.add_argument("--cats", nargs="+", default=[], help="of pets, only these cats, and all dogs")
     p.add_argument("--init", default="checkpoints/pretrain/best.pt", help="a RUN/best.pt, or none")
     p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
     p.add_argument("--epochs", type=int, default=10, help="passes over the training photos")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/finetune", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags (but for its place), and those that are typed win
+    if args.resume:  # the run's own flags (but for out and device), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -77,7 +77,7 @@ def parse_args(argv=None):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 
@@ -117,7 +117,7 @@ class Quantiser(nn.Module):
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
-            ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
+            ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
             ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
             if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
@@ -131,14 +131,15 @@ class Quantiser(nn.Module):
         new_shares = torch.bincount(ids, minlength=K) / len(ids)  # (K,), of this step
         new_sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
         shares = DECAY * self.shares + (1 - DECAY) * new_shares
-        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * new_sums
-        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        old_sums = self.codes * self.shares[:, None]
+        sums = DECAY * old_sums + (1 - DECAY) * new_sums
+        codes = sums / shares[:, None]  # at first all are 0, so the first is nearest; others 0 / 0
         ## A code that is nearest to no vector would never move again: so codebooks collapse. One
         ## that is hardly used becomes a random vector; in the first step nearly all do.
-        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
+        dead = shares < 0.1 / K  # tuned
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -184,7 +185,7 @@ class Segmenter(VQVAE):
 
 
 def take_over(model, path):
-    """Fill model with all tensors of a best.pt but the head's: those speak in colours."""
+    """Fill model with all tensors of a best.pt but the head's, which speaks in colours."""
     state = load_checkpoint(path, "pretrain.py", SCRIPT)["model"]
     body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     model.load_state_dict(body, strict=False)
@@ -197,8 +198,8 @@ def take_over(model, path):
 def bce_loss(logits, y, valid):
     """Binary cross-entropy, each class against the rest, mean over the valid pixels. logits and y
     are (B, C, H, W), y one-hot; valid (B, 1, H, W) is 1 where a pixel counts and 0 elsewhere."""
-    # -y log p - (1 - y) log(1 - p) with p = 1 / (1 + e^-x) is x - x y + log(1 + e^-x). For x < 0,
-    # where e^-x overflows, x + log(1 + e^-x) is log(e^x + 1). Both are max(x, 0) + log(1 + e^-|x|).
+    # With p = 1 / (1 + e^-x), -y log p - (1 - y) log(1 - p) is x + log(1 + e^-x) - x y. If x < 0,
+    # e^-x may overflow, but x + log(1 + e^-x) = log(1 + e^x): so always max(x, 0), and e^-|x|.
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
     return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
@@ -211,7 +212,8 @@ def dice_loss(logits, y, valid):
 
 
 def segmentation_loss(logits, masks):
-    """BCE (over pixels) + Dice (over areas), in float32: logits (B, C, H, W), masks (B, H, W)."""
+    """BCE + Dice, in float32: logits (B, C, H, W), masks (B, H, W). In BCE each pixel weighs the
+    same, in Dice each class, however small: together they find both."""
     logits, masks = logits.float(), masks[:, None]  # (B, 1, H, W)
     labels = torch.arange(logits.shape[1], device=masks.device).view(-1, 1, 1)
     y = (masks == labels).float()  # (B, C, H, W), one-hot, 0 everywhere at IGNORE
@@ -230,7 +232,7 @@ def confusion(logits, masks):
 
 def scores(counts):
     """Accuracy, mean IoU and mean Dice. Of a class, with T its true and P its predicted pixels, IoU
-    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); one without any is nan, and left out."""
+    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); without either it is nan, and left out."""
     counts = counts.cpu()  # waits for the GPU; MPS has no float64
     both = counts.diag().double()
     iou = both / (counts.sum(0) + counts.sum(1) - both)
@@ -255,7 +257,7 @@ def print_baseline(counts, classes):
 
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, mirrored or not, in other light."""
-    ## No zoom: enlarging photos by 1 to 1.6 lowered mean IoU by 1.4 points. (Test photos are not.)
+    ## No zoom: enlarging the training photos by 1 to 1.6 lowered mean IoU by 1.4 points.
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -404,16 +406,15 @@ def list_photos(args):
             if Path(args.data, folder, "images").exists():
                 parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
     train = parts.get("train") or list_folder(args.data)
-    tenth = {pair: zlib.crc32(pair[0].stem.encode()) % 10 for pair in train}
+    hashes = {pair: zlib.crc32(pair[0].stem.encode()) for pair in train}
     for part, number in [("test", 0), ("val", 1)]:
         if part not in parts:
-            parts[part] = [pair for pair in train if tenth[pair] == number] or train[:1]
+            parts[part] = [pair for pair in train if hashes[pair] % 10 == number] or train[:1]
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Sorted by 0.618 i modulo 1 (golden ratio), the first, any --frac, lie evenly over the breeds.
-    order = np.argsort(0.618034 * np.arange(len(train)) % 1)
-    return parts | {"train": [train[i] for i in order]}
+    # Names sort by breed, hashes do not: the first photos, any --frac of them, are of all breeds.
+    return parts | {"train": sorted(train, key=hashes.get)}
 
 
 def read_pair(pair, args):
@@ -423,8 +424,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # Labels are grey values, or in a PNG of colours the numbers of its palette: not in black
-        # and white, where some programs give white the number 0.
+        # The grey values are the labels. Only in a PNG with a palette of other colours than black
+        # and white, the numbers of its colours are. I and F are photos of 16 and 32 bits.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
@@ -502,10 +503,11 @@ def main(argv=None):
     ## 1. The photos. Those of the test split are for evaluate.py alone.
     photos, val = load_data(args)
     if args.cats:  # and all dogs, whose files begin with a small letter
-        names = [photo.name for photo, _ in list_photos(args)["train"]][: len(photos[0])]
-        kept = [i for i, n in enumerate(names) if n[0].islower() or n.startswith(tuple(args.cats))]
+        names = [photo.name for photo, _ in list_photos(args)["train"]]
+        wanted = [n[0].islower() or n.startswith(tuple(args.cats)) for n in names]
+        kept = torch.tensor(wanted)[: len(photos[0])]
         photos = [tensor[kept] for tensor in photos]
-        print(f"cats     of {', '.join(args.cats)}, and all dogs: {len(kept)} photos")
+        print(f"cats     of {', '.join(args.cats)}, and all dogs: {kept.sum()} photos")
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)

@@ -64,7 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/linknet", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags (but for its place), and those that are typed win
+    if args.resume:  # the run's own flags (but for out and device), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -73,14 +73,14 @@ def parse_args(argv=None):
         p.error(f"--size {args.size}: the sides are halved five times, take multiples of 32")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 
 # --- model ---------------------------------------------------------------------------------------
-## Most of a segmenter's work is at the large sizes. A ResNet goes down to a quarter of the side at
-## once, and a block of the decoder works at a quarter of its channels: LinkNet hands the encoder's
-## maps across as U-Net does, at a fraction of the multiply-adds.
+## In U-Net every size takes about equal work. A ResNet goes down to a quarter of the side at once,
+## and a block of the decoder works at a quarter of its channels: LinkNet hands the encoder's maps
+## across as U-Net does, for a fraction of the multiply-adds.
 
 
 def conv_bn(a, b, side):
@@ -94,7 +94,7 @@ def doubled(a, b, up):
     ## A transposed 3x3 convolution with stride 2 paints a 3x3 block for every input pixel; blocks
     ## overlap in every second row and column, which may show as a chequered pattern. Sub-pixel
     ## convolution (Shi et al. 2016) makes four times the channels and sorts them into 2x2 blocks:
-    ## no overlap, four times the weights. Equal ones at the start (ICNR, 2017) show no pattern.
+    ## no pixel is painted more often, and if the four filters start equal (ICNR), none looks other.
     if up == "transpose":
         conv = nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1, bias=False)
     else:
@@ -120,7 +120,7 @@ class LinkNet(nn.Module):
         try:
             net = models.get_model(encoder, weights=weights)
         except OSError as error:  # no network, a full disk
-            sys.exit(f"{error}: fetch that file by hand and put it there")
+            sys.exit(f"{error}: fetch the file named above by hand and put it there")
         layers = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
         self.encoder = create_feature_extractor(net, layers)  # x -> {layer: its map}
         self.block4 = decoder_block(512, 256, up)
@@ -132,7 +132,7 @@ class LinkNet(nn.Module):
         self.head = nn.ConvTranspose2d(32, classes, 2, stride=2)
 
     def forward(self, x):
-        x = 4.4 * x - 2  # about mean 0, variance 1
+        x = 4.4 * x - 2  # about mean 0, variance 1, as --imagenet wants it
         ## Two maps of 64 channels at H/4, then 128 at H/8, 256 at H/16 and 512 at H/32.
         x0, x1, x2, x3, x4 = self.encoder(x).values()
         ## The link: what went into a layer of the encoder is added to what its mirror puts out. A
@@ -179,7 +179,7 @@ def confusion(logits, masks):
 
 def scores(counts):
     """Accuracy, mean IoU and mean Dice. Of a class, with T its true and P its predicted pixels, IoU
-    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); one without any is nan, and left out."""
+    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); without either it is nan, and left out."""
     counts = counts.cpu()  # waits for the GPU; MPS has no float64
     both = counts.diag().double()
     iou = both / (counts.sum(0) + counts.sum(1) - both)
@@ -204,7 +204,7 @@ def print_baseline(counts, classes):
 
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, mirrored or not, in other light."""
-    ## No zoom: enlarging photos by 1 to 1.6 lowered mean IoU by 1.4 points. (Test photos are not.)
+    ## No zoom: enlarging the training photos by 1 to 1.6 lowered mean IoU by 1.4 points.
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -352,16 +352,15 @@ def list_photos(args):
             if Path(args.data, folder, "images").exists():
                 parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
     train = parts.get("train") or list_folder(args.data)
-    tenth = {pair: zlib.crc32(pair[0].stem.encode()) % 10 for pair in train}
+    hashes = {pair: zlib.crc32(pair[0].stem.encode()) for pair in train}
     for part, number in [("test", 0), ("val", 1)]:
         if part not in parts:
-            parts[part] = [pair for pair in train if tenth[pair] == number] or train[:1]
+            parts[part] = [pair for pair in train if hashes[pair] % 10 == number] or train[:1]
             train = sorted(set(train) - set(parts[part]))
     if not train:
         sys.exit(f"{args.data}: too few photos to train, validate and test with")
-    # Sorted by 0.618 i modulo 1 (golden ratio), the first, any --frac, lie evenly over the breeds.
-    order = np.argsort(0.618034 * np.arange(len(train)) % 1)
-    return parts | {"train": [train[i] for i in order]}
+    # Names sort by breed, hashes do not: the first photos, any --frac of them, are of all breeds.
+    return parts | {"train": sorted(train, key=hashes.get)}
 
 
 def read_pair(pair, args):
@@ -371,8 +370,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # Labels are grey values, or in a PNG of colours the numbers of its palette: not in black
-        # and white, where some programs give white the number 0.
+        # The grey values are the labels. Only in a PNG with a palette of other colours than black
+        # and white, the numbers of its colours are. I and F are photos of 16 and 32 bits.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/pretrain", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags (but for its place), and those that are typed win
+    if args.resume:  # the run's own flags (but for out and device), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     shares = re.fullmatch(r"(0|0?\.\d+)-(0?\.\d+)", args.mask)
     if not shares or float(shares[1]) > float(shares[2]):
         p.error(f"--mask {args.mask}: wanted LO-HI, two shares below 1, such as 0.05-0.25")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 
@@ -138,7 +138,7 @@ class Quantiser(nn.Module):
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
-            ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
+            ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
             ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
             if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
@@ -152,14 +152,15 @@ class Quantiser(nn.Module):
         new_shares = torch.bincount(ids, minlength=K) / len(ids)  # (K,), of this step
         new_sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
         shares = DECAY * self.shares + (1 - DECAY) * new_shares
-        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * new_sums
-        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        old_sums = self.codes * self.shares[:, None]
+        sums = DECAY * old_sums + (1 - DECAY) * new_sums
+        codes = sums / shares[:, None]  # at first all are 0, so the first is nearest; others 0 / 0
         ## A code that is nearest to no vector would never move again: so codebooks collapse. One
         ## that is hardly used becomes a random vector; in the first step nearly all do.
-        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
+        dead = shares < 0.1 / K  # tuned
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -225,8 +226,8 @@ def draw_masks(B, args):
         hidden = hidden.repeat_interleave(args.patch, 2).repeat_interleave(args.patch, 3)
         return hidden[:, :, :H, :W]
     side = (share * H * W).sqrt().clamp(max=min(H, W) - 1).round()  # (B, 1), of one square
-    y = torch.arange(H) - (torch.rand(B, 1) * (H - side)).round()  # (B, H), from its upper edge
-    x = torch.arange(W) - (torch.rand(B, 1) * (W - side)).round()  # (B, W)
+    y = torch.arange(H) - (torch.rand(B, 1) * (H - side)).round()  # (B, H), 0 at its upper edge
+    x = torch.arange(W) - (torch.rand(B, 1) * (W - side)).round()  # (B, W), 0 at its left edge
     rows, columns = (y >= 0) & (y < side), (x >= 0) & (x < side)
     return rows[:, None, :, None] & columns[:, None, None, :]
 
@@ -246,7 +247,7 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         distorted = x
         for kind in sorted(args.distort, reverse=True):  # rotate first
             distorted = torch.stack([DISTORTIONS[kind](image) for image in distorted])
-            if kind == "rotate":  # a turned photo is a good target; jitter and grey are undone
+            if kind == "rotate":  # a good target; jitter and grey are for the network to undo
                 x = distorted
         hidden = draw_masks(len(x), args).to(x.device)
         ## Warm-up over the first twentieth of the run, and half a cosine from the peak to 0.
@@ -279,12 +280,13 @@ def check(model, images, masks, args):
         x, hidden = x.to(args.device) / 255, hidden.to(args.device)
         output, commitment, ids = model(torch.where(hidden, FILL, x))
         errors = [hidden_error(output, x, hidden), hidden_error(output, x, ~hidden)]
-        errors += [hidden_error(mean_fill(x, hidden), x, hidden), commitment * args.variance]
-        totals += torch.stack(errors).cpu() * len(x) / len(images) / args.variance
+        errors.append(hidden_error(mean_fill(x, hidden), x, hidden))
+        errors = torch.stack(errors) / args.variance
+        totals += torch.cat([errors, commitment[None]]).cpu() * len(x) / len(images)
         use += torch.bincount(ids.flatten(), minlength=512)  # (K,)
     hidden, seen, fill, commitment = totals.tolist()
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
-    ## one is. It is counted over all photos: one batch has too few vectors to use all codes.
+    ## one is. It is counted over all photos, as one batch uses fewer.
     share = use / use.sum()
     return {
         "val_loss": hidden + COMMITMENT * commitment,
@@ -315,8 +317,9 @@ def pretrain(model, optimizer, history, photos, val, masks, args):
     """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
     one with the lowest loss on the validation photos so far leaves best.pt."""
     out = Path(args.out)
-    names = " epoch      loss       lr val_loss   hidden     fill     seen"
-    print(names + "  perplex     used  seconds")
+    print(
+        " epoch      loss       lr val_loss   hidden     fill     seen  perplex     used  seconds"
+    )
     for epoch in range(len(history), args.epochs):
         began = time.time()
         row = {"epoch": epoch + 1}
@@ -446,7 +449,7 @@ def load_photos(args):
     else:
         images = read_images(list_images(args), args)
     n = math.ceil(len(images) / 10)
-    few = math.ceil(args.frac * (len(images) - n))  # the first: a quarter lies in the half
+    few = math.ceil(args.frac * (len(images) - n))  # the first: more takes the same ones and more
     print(f"data     {args.data}: train {few}  val {n}  {args.size} pixels")
     return images[n:][:few], images[:n]
 

@@ -1,7 +1,7 @@
 """VQ-VAE: photos drawn from a small grid of codes.
 
 WHAT IT DOES  Photos (B, 3, H, W) go in, the same photos come out, and on the
-way each patch of 4 x 4 pixels is one of 512 codes: (B, H/4, W/4) numbers of 9
+way there is one of 512 codes for every 4 x 4 pixels: (B, H/4, W/4) numbers of 9
 bits stand for the photo (van den Oord et al. 2017, arXiv:1711.00937).
 
     3 x 64 x 64                                     3 x 64 x 64
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/vqvae", help="the run's folder")
     args = p.parse_args(argv)
-    if args.resume:  # the run's own flags (but for its place), and those that are typed win
+    if args.resume:  # the run's own flags (but for out and device), and those that are typed win
         last = load_checkpoint(Path(args.out, "last.pt"), SCRIPT)
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     factor = 2 ** args.net[3]
     if args.size[0] % factor or args.size[1] % factor:
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 
@@ -117,7 +117,7 @@ class Quantiser(nn.Module):
             ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
-            ## A lookup has no gradient, so the decoder's goes straight through to the encoder:
+            ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
             ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
             q = vectors + (q - vectors).detach()
             if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
@@ -131,14 +131,15 @@ class Quantiser(nn.Module):
         new_shares = torch.bincount(ids, minlength=K) / len(ids)  # (K,), of this step
         new_sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
         shares = DECAY * self.shares + (1 - DECAY) * new_shares
-        sums = DECAY * self.codes * self.shares[:, None] + (1 - DECAY) * new_sums
-        codes = sums / shares[:, None]  # 0 / 0 in the first step, for all codes but the first
+        old_sums = self.codes * self.shares[:, None]
+        sums = DECAY * old_sums + (1 - DECAY) * new_sums
+        codes = sums / shares[:, None]  # at first all are 0, so the first is nearest; others 0 / 0
         ## A code that is nearest to no vector would never move again: so codebooks collapse. One
         ## that is hardly used becomes a random vector; in the first step nearly all do.
-        dead = shares < 0.1 / K  # tuned; a new code, with 1 / K, lives 22 steps without any vector
+        dead = shares < 0.1 / K  # tuned
         random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], random, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -221,7 +222,7 @@ def measure(model, images, args):
         commitments += commitment.item() * len(x) / len(images)
         use += torch.bincount(ids.flatten(), minlength=args.codes)  # (K,)
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
-    ## one is. It is counted over all photos: one batch has too few vectors to use all codes.
+    ## one is. It is counted over all photos, as one batch uses fewer.
     share = use / use.sum()
     return {
         "val_loss": error / args.variance + COMMITMENT * commitments,

@@ -341,7 +341,7 @@ def test_weights_that_cannot_be_downloaded(here, folder):
     blocked = os.environ | {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": "weights"}
     flags = ["--data", folder, "--size", "32", "--epochs", "1", "--imagenet"]
     said = "".join(start("linknet", *flags, cwd=here, env=blocked).communicate())
-    assert "Traceback" not in said and "fetch that file by hand and put it there" in said
+    assert "Traceback" not in said and "fetch the file named above by hand and put it there" in said
     url, path = re.search(r'"(https://\S+resnet18\S+)" to (\S+)', said).groups()
     assert path.startswith(str(here / "weights")) or path.startswith("weights/")
     assert Path(path).name == Path(url).name

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from conftest import load
@@ -62,16 +63,26 @@ def test_all_arms_take_as_many_steps(data):
     steps = args.epochs * labelled
     both = args.pretrain_epochs * unlabelled + steps
     for frac in e.FRACS[data]:
-        tuned, scratch, longer = [
-            arms[f"{label}, {100 * frac:g} %"]["command"]
-            for label in ("pre-trained", "scratch", "scratch, as long")
-        ]
-        assert tuned == scratch and float(flag(scratch.split(), "--frac")) == frac
-        assert photos_passed(scratch, labelled) == pytest.approx(steps, rel=0.05)
-        assert photos_passed(longer, labelled) == pytest.approx(both, rel=0.05)
+        share = f"{100 * frac:g} %"
+        tuned, scratch = arms[f"pre-trained, {share}"], arms[f"scratch, {share}"]
+        assert tuned["command"] == scratch["command"] and tuned["pre"] and not scratch["pre"]
+        assert float(flag(scratch["command"].split(), "--frac")) == frac
+        assert photos_passed(scratch["command"], labelled) == pytest.approx(steps, rel=0.05)
+    longer = arms["scratch, as long, 100 %"]["command"]
+    assert photos_passed(longer, labelled) == pytest.approx(both, rel=0.05)
     _, arms = planned("pretraining", "--data", data)
     assert flag(arms["half"]["pre"].split(), "--frac") == "0.5"
     assert photos_passed(arms["half"]["pre"]) == photos_passed(arms["all"]["pre"])
+
+
+@pytest.mark.parametrize("data", ["toy", "pets"])
+def test_steps_are_those_of_the_label(data):
+    _, arms = planned("steps", "--data", data)
+    for label, arm in arms.items():
+        photos = photos_passed(arm["command"], e.PHOTOS[data][1])
+        assert float(label.split(", ")[1].split()[0]) == pytest.approx(photos / 16, rel=0.05)
+        other = label.replace("pre-trained", "scratch")
+        assert arm["command"] == arms[other]["command"] and arms[other]["pre"] is None
 
 
 def test_the_numbers_of_drawn_photos_are_those_of_the_scripts():
@@ -115,7 +126,7 @@ def stubs(here, monkeypatch):
         if flag(words, "--init") not in (None, "none"):
             value += 0.05
         folder.mkdir(parents=True)
-        result = {"metrics": {"val_miou": value, "seconds": 60.0}, "args": {"lr": 1e-3}}
+        result = {"metrics": {"val_miou": value, "seconds": 60.0}}
         (folder / "result.json").write_text(json.dumps(result))
 
     def evaluate(typed, **_):
@@ -123,7 +134,9 @@ def stubs(here, monkeypatch):
         for folder in typed[2 : typed.index("--as-published")]:
             result = json.loads(Path(folder, "result.json").read_text())
             value = result["metrics"]["val_miou"] - float(flag(typed, "--blur")) / 1000
-            scores = dict.fromkeys(["accuracy", "miou", "D1_dice", "D1_iou"], value)
+            scores = dict.fromkeys(["accuracy", "miou", "dice", "D1_dice", "D1_iou"], value)
+            scores |= {"D2_dice": value, "D2_iou": value, "D3_dice": value, "D3_iou": value}
+            scores |= {"D4_accuracy": value, "classes": {}}
             records.append(dict.fromkeys(e.TESTED, 7) | {"scores": scores, "size": [32, 32]})
         flag(typed, "--json").write_text(json.dumps(records))
 
@@ -141,13 +154,14 @@ def test_seeds_and_tables(stubs, capsys):
     pre, tuned = stubs[:3], stubs[3:]
     started = [(words[0], flag(words, "--seed")) for words in pre]
     assert started == [("pretrain.py", seed) for seed in "012"]
-    assert len(tuned) == len(results()) == 4 * 3 * 3  # shares, arms, seeds
+    assert len(tuned) == len(results()) == (4 * 2 + 1) * 3  # shares, arms, as long, seeds
     for words in tuned:  # each starts from the pre-training with its own seed
         if flag(words, "--init") != "none":
             assert flag(words, "--init") == f"{pre[int(flag(words, '--seed'))][-1]}/best.pt"
     out = capsys.readouterr().out
-    assert "| pre-trained, 10 % | 0.0010 | 0.6600 ± 0.0100 | 0.6600 ± 0.0100 |" in out
-    assert "pre-trained, 10 %: test mIoU +0.0500" in out and "D1 .829 / .719" in out
+    ours = "0.6600 ± 0.0100"
+    assert f"| pre-trained, 10 % | {ours} | {ours} | {ours} | +0.0500" in out
+    assert f"| labels: pre-trained, 25 % | D1 dice | 0.829 | {ours} |" in out
     assert Path("checkpoints/experiments/results.md").read_text() in out
 
 
@@ -167,7 +181,8 @@ def test_nothing_is_run_twice(stubs):
     e.main(["pretraining", *TWO[1:]])
     new = [words for words in stubs[before:] if words[0] == "pretrain.py"]
     assert {flag(words, "--frac") for words in new} == {"0.5"}
-    assert set(e.names_of(results())) == {"labels", "pretraining"}  # what else stands there stays
+    names = {record["experiment"] for record in results()}
+    assert names == {"labels", "pretraining"}  # what else stands there stays
     assert "### labels" in Path("checkpoints/experiments/results.md").read_text()
 
 
@@ -179,6 +194,18 @@ def test_blur_scores_without_training(stubs):
     blurred = e.grouped(results(), "blur")
     assert len(blurred) == 5 * 5
     assert blurred["U-Net, 100 %"][0]["miou"] == pytest.approx(0.5)
+
+
+def test_a_chart_shows_every_line(stubs):
+    """A point falls by 500 pixels for each unit of mIoU, from left to right in order of x."""
+    e.main(["blur", "--seeds", "1"])
+    svg = ElementTree.parse("checkpoints/experiments/blur.svg").getroot()
+    lines = svg.findall("{*}polyline")
+    assert len(lines) == 5
+    points = lines[-1].get("points").split()  # U-Net, from 0.6 to 0.5
+    assert points[0] == "60,140" and points[-1] == "500,190" and len(points) == 5
+    texts = {text.text for text in svg.findall("{*}text")}
+    assert {"U-Net", "LinkNet", "0 %", "100 %", "test mIoU"} <= texts
 
 
 def test_dry_run(stubs, capsys):
@@ -197,26 +224,23 @@ def test_a_difference_is_taken_seed_by_seed():
     assert e.cell([0.5, 0.6, 0.7]) == "0.6000 ± 0.1000" and e.cell([1234567]) == "1,234,567"
 
 
-def differences(name, scores):
-    """The lines below the table of {arm: mIoU of each seed}."""
-    groups = {}
-    for arm, values in scores.items():
-        groups[arm] = {seed: {"miou": miou} for seed, miou in enumerate(values)}
-    return list(e.differences(name, groups))
-
-
 def test_an_arm_stands_against_all_of_its_controls():
     """With the spread of the differences, where there are several seeds."""
-    scores = {"pre-trained, 10 %": [0.52, 0.621], "scratch, 10 %": [0.5, 0.6]}
-    assert differences("labels", scores | {"scratch, as long, 10 %": [0.55, 0.651]}) == [
-        "- pre-trained, 10 %: test mIoU +0.0205 ± 0.0007 against scratch, 10 %, seed by seed.",
-        "- pre-trained, 10 %: test mIoU -0.0300 against scratch, as long, 10 %, seed by seed.",
-    ]
-    assert differences("pretraining", {"all": [0.5], "none": [0.25], "none, as long": [0.75]}) == [
-        "- all: test mIoU +0.2500 against none, seed by seed.",
-        "- all: test mIoU -0.2500 against none, as long, seed by seed.",
-        "- none, as long: test mIoU +0.5000 against none, seed by seed.",
-    ]
+
+    def groups(**scores):
+        found = {}
+        for arm, values in scores.items():
+            found[arm] = {seed: {"miou": miou} for seed, miou in enumerate(values)}
+        return found
+
+    arms = {"pre-trained, 10 %": [0.52, 0.621], "scratch, 10 %": [0.5, 0.6]}
+    arms = groups(**arms, **{"scratch, as long, 10 %": [0.55, 0.651]})
+    assert e.gains("labels", arms, 0) == {"pre-trained, 10 %": "+0.0205 ± 0.0007"}
+    assert e.gains("labels", arms, 1) == {"pre-trained, 10 %": "-0.0300"}
+    arms = groups(all=[0.5], none=[0.25], **{"none, as long": [0.75]})
+    assert e.gains("pretraining", arms, 0) == {"all": "+0.2500"}
+    assert e.gains("pretraining", arms, 1) == {"all": "-0.2500"}
+    assert e.gains("camvid", groups(original=[0.5], modified=[0.6]), 0) == {}
 
 
 # --- children ------------------------------------------------------------------------------------
@@ -264,6 +288,5 @@ def test_a_run_is_scored(here, monkeypatch):
     e.main(["models", "--size", "32", "--seeds", "1"])
     (record,) = results()
     assert record["data"] == "toy" and record["photos"] == 256 and record["size"] == [32, 32]
-    assert record["lr"] == unet.parse_args([]).lr
     for key in ["val_miou", "miou", "accuracy", "D1_dice", "cat_miou"]:
         assert 0 < record[key] < 1, key
