@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
     p.add_argument("--split", choices=["test", "val"], default="test", help="val to choose with")
     p.add_argument("--blur", type=float, default=0.0, help="0 to 100; 100: radius 10 of 120 pixels")
-    p.add_argument("--batch-size", type=int, default=64, help="halve it if memory runs out")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
     p.add_argument("--json", help="write the scores to this file too, a list of all runs")
@@ -64,26 +64,28 @@ def parse_args(argv=None):
 # --- programs ------------------------------------------------------------------------------------
 ## A .pt2 file is a zip archive with weights and a graph, and torch.export.load trusts it. It
 ## unpickles, which can call any function; it evaluates sizes, argument names and guards as Python;
-## it looks operators up anywhere in torch; it loads libraries. So all that is in the archive is
-## compared with what a plain program has, before anything of it is loaded, and the rest is refused.
+## it looks operators up anywhere in torch; it loads libraries. So names of files, and all that is
+## evaluated or looked up, are compared with those of a plain program before it is loaded.
 
 MEMBERS = (
     r"archive_format|archive_version|byteorder|\.data/\w+|\.format_version|\.storage_alignment|"
     r"data/(weights|constants)/((weight|tensor)_\d+|model_\w+_config\.json)|"
     r"data/sample_inputs/model\.pt|models/model\.json|extra/meta\.json"
 )
+# such as [1, {"type": "builtins.tuple", "context": "null", "children_spec": []}]
 LAYOUT = r'([][{}:, 1]|null|"(type|context|children_spec|builtins\.(tuple|dict)|null|\[\])")*'
-ALLOWED = {  # key in one of the JSON files: all that its value may be
-    "use_pickle": r"False",
-    "path_name": r"(weight|tensor)_\d+",
-    "expr_str": r"(Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)|[-\d\s(),]|"
+ALLOWED = {  # key in one of the JSON files: the type of its value, and all that it may be
+    "use_pickle": r"bool False",
+    "path_name": r"str (weight|tensor)_\d+",
+    "expr_str": r"str (Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)|[-\d\s(),]|"
     r"(Integer|Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|Max|Min)\b)*",
-    "target": r"torch\.ops\.aten\.(?!from_file|save)(_?[a-z]\w*|__(and|or|xor)__)(\.[A-Za-z]\w*)?|"
+    "target": r"NoneType None|"
+    r"str (torch\.ops\.aten\.(?!from_file|save)(_?[a-z]\w*|__(and|or|xor)__)(\.[A-Za-z]\w*)?|"
     r"torch\.ops\.(torchvision\.deform_conv2d|higher_order\.wrap_with_(autocast|set_grad_enabled))"
-    r"(\.default)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge)|None",
-    "in_spec": LAYOUT,
-    "out_spec": LAYOUT,
-    "guards_code": r"\[\]",
+    r"(\.default)?|_operator\.(getitem|add|sub|mul|floordiv|mod|neg|eq|ne|lt|le|gt|ge))",
+    "in_spec": f"str {LAYOUT}",
+    "out_spec": f"str {LAYOUT}",
+    "guards_code": r"list \[\]",
     "as_operator": r"never",
 }
 META = {  # the same for what meta.json and its args say, as JSON
@@ -100,8 +102,9 @@ def check_pairs(pairs):
     for key, value in pairs:
         pattern = ALLOWED.get(key, ".*")
         if key.endswith(("name", "names")) and key not in ALLOWED:  # these become Python's names
-            pattern = r"[\w.-]*|\[('[\w.-]*'(, )?)*\]"
-        if not re.fullmatch(pattern, str(value), re.DOTALL) or not re.fullmatch(r"[\w.-]*", key):
+            pattern = r"str [\w.-]*|list \[('[\w.-]*'(, )?)*\]|NoneType None"
+        found = f"{type(value).__name__} {value}"
+        if not re.fullmatch(pattern, found, re.DOTALL) or not re.fullmatch(r"[\w.-]*", key):
             raise ValueError(f"{key} {value!r:.99}: wanted one tensor in, one out, a size of batch")
     return dict(pairs)
 
@@ -355,8 +358,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. Only in a PNG with a palette of other colours than black
-        # and white, the numbers of its colours are. I and F are photos of 16 and 32 bits.
+        # The grey values are the labels. But a PNG with a palette has a number for each colour, and
+        # the numbers are the labels, if not all is black and white, where white may be number 0.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
@@ -517,8 +520,8 @@ def main(argv=None):
             soft = soft * torch.nan  # there are no logits behind the other answers
         print(f"\n{meta['data']}, {args.split}: {len(images)} photos, {meta['size']} pixels")
         print_table(scores)
-        record = {"run": str(run), "photos": len(images), "torch": torch.__version__}
-        records.append(vars(args) | meta | record | {"scores": scores[str(run)]})
+        record = {"run": str(run), "data": meta["data"], "photos": len(images)}
+        records.append(meta | vars(args) | record | {"scores": scores[str(run)]})
 
         ## 4. A picture beside the program.
         some = slice(0, None, len(images) // 6 + 1)

@@ -20,6 +20,7 @@ named with its last line, and OUT/SCRIPT-HASH.log has all that it printed.
 """
 
 import json
+import math
 import os
 import shlex
 import statistics
@@ -138,7 +139,7 @@ def plan(args, name):
         arms.append(longer(args, "scratch, as long, 100 %"))
     elif name == "steps":  # how long does the lead of pre-training last?
         for epochs in STEPS_EPOCHS:
-            steps = epochs * round(PHOTOS[args.data][1] / 160)  # a tenth, in batches of 16
+            steps = epochs * math.ceil(PHOTOS[args.data][1] / 160)  # a tenth, in batches of 16
             for label, start in [("pre-trained", pre), ("scratch", None)]:
                 command = f"finetune --frac 0.1 --epochs {epochs}"
                 label = f"{label}, {steps} steps"
@@ -299,10 +300,8 @@ PUBLISHED = {
     ("puzzle", "transposed"): {"D5_iou": 0.925},
 }
 NOTES = {
-    "labels": "All arms take the same number of steps.",
     "steps": "A tenth of the labels.",
     "imbalance": "The control has as many photos, of all breeds.",
-    "blur": "The networks of `models`, on blurred test photos.",
     "puzzle": "Four test photos: differences of half a point mean nothing.",
 }
 USUAL = ["val_miou", "miou", "accuracy"]
@@ -311,9 +310,9 @@ COLUMNS = {
     "blur": ["miou", "accuracy"],
     "models": [*USUAL, "dice", "parameters", "multiply_adds", "seconds"],
     "puzzle": [*USUAL, "D5_iou"],
-    "retina": [*USUAL, "D5_iou"],
 }
 TITLES = {"miou": "test mIoU", "val_miou": "validation mIoU", "seconds": "seconds an epoch"}
+INTERVAL = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24}  # t / sqrt(n), by the number of seeds
 CONTROLS = {  # what the other arms are compared with
     "pretraining": ["none", "none, as long"],
     "masks": ["no pre-training"],
@@ -338,10 +337,12 @@ def spread(values):
 
 
 def paired(one, other):
-    """Mean and deviation of the differences of two arms, taken seed by seed."""
-    ## What a seed does to both arms alike (the order of the photos, the augmentation) cancels. With
-    ## three seeds the 95 % interval of the mean is ± 2.5 deviations (Student's t).
-    return spread([one[seed]["miou"] - other[seed]["miou"] for seed in one if seed in other])
+    """Mean of the differences of two arms, taken seed by seed, and half its 95 % interval."""
+    ## What a seed does to both alike, such as the order of the photos, cancels. The interval is
+    ## t s / sqrt(n), with Student's t for n - 1: it speaks of other seeds, not of other photos.
+    ahead = [one[seed]["miou"] - other[seed]["miou"] for seed in one if seed in other]
+    mean, std = spread(ahead)
+    return mean, std * INTERVAL.get(len(ahead), 0.0)
 
 
 def cell(values):
@@ -351,9 +352,7 @@ def cell(values):
     mean, std = spread(values)
     if mean >= 10:
         return f"{mean:,.0f}"
-    if std:
-        return f"{mean:.4f} ± {std:.4f}"
-    return f"{mean:.4f}"
+    return f"{mean:.4f} ± {std:.4f}" if std else f"{mean:.4f}"
 
 
 def controls_of(name, label):
@@ -371,8 +370,8 @@ def gains(name, groups, number):
     for label, group in groups.items():
         for control in controls_of(name, label)[number : number + 1]:
             if control in groups:
-                mean, std = paired(group, groups[control])
-                found[label] = f"{mean:+.4f} ± {std:.4f}" if std else f"{mean:+.4f}"
+                mean, half = paired(group, groups[control])
+                found[label] = f"{mean:+.4f} ± {half:.4f}" if half else f"{mean:+.4f}"
     return found
 
 
@@ -391,7 +390,7 @@ def markdown(records, name):
     ]
     columns = COLUMNS.get(name, USUAL)
     titles = [TITLES.get(column, column.replace("_", " ")) for column in columns]
-    more = {"gain": gains(name, groups, 0), "gain against as long": gains(name, groups, 1)}
+    more = {"gain (95 %)": gains(name, groups, 0), "gain, as long (95 %)": gains(name, groups, 1)}
     more = {title: found for title, found in more.items() if found}
     lines.append(f"| | {' | '.join([*titles, *more])} |")
     lines.append("|---" * (1 + len(titles) + len(more)) + "|")
@@ -408,7 +407,7 @@ def published(records):
     for (name, arm), theirs in PUBLISHED.items():
         group = grouped(records, name).get(arm)
         for key, value in theirs.items():
-            if group:
+            if group and group[0]["data"] != "toy":
                 ours = cell([record[key] for record in group.values()])
                 what = key.replace("_", " ")
                 lines.append(f"| {name}: {arm} | {what} | {value:.3f} | {ours} |")
@@ -426,8 +425,8 @@ def chart(records, name):
     xs = sorted(xs, key=lambda x: float(x.split()[0]))  # side by side, whatever lies between them
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
     svg.append('<rect width="760" height="400" fill="white"/><text x="60" y="20">test mIoU</text>')
-    for tenth in range(2, 9):  # the axis goes from 0.2 to 0.8
-        y = 440 - 50 * tenth
+    for tenth in range(2, 10):  # the axis goes from 0.2 to 0.9
+        y = 440 - 45 * tenth
         svg.append(f'<text x="20" y="{y + 5}">0.{tenth}</text>')
         svg.append(f'<path d="M 60 {y} H 540" stroke="lightgrey"/>')
     for i, x in enumerate(xs):
@@ -435,10 +434,12 @@ def chart(records, name):
     for i, (line, points) in enumerate(lines.items()):
         colour = ["black", "red", "blue", "green", "orange", "purple"][i % 6]
         svg.append(f'<text x="560" y="{60 + 24 * i}" fill="{colour}">{line}</text>')
-        places = [
-            f"{60 + 110 * xs.index(x)},{440 - 500 * points[x]:.0f}" for x in xs if x in points
-        ]
-        svg.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"/>')
+        path = []
+        for x, y in points.items():
+            x, y = 60 + 110 * xs.index(x), round(440 - 450 * y)
+            path.append(f"{x},{y}")
+            svg.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        svg.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}"/>')
     return "\n".join([*svg, "</svg>"])
 
 

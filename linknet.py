@@ -50,14 +50,14 @@ def parse_args(argv=None):
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", default="toy", help="toy, pets, or a folder with images/ and masks/")
     p.add_argument("--root", default="data", help="where pets lie or are downloaded to")
-    p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
+    p.add_argument("--size", type=int, nargs="+", default=[64], metavar="PX", help="side, or H W")
     p.add_argument("--ignore", type=int, help="label of the masks that does not count")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--imagenet", action="store_true", help="start from a trained classifier")
     p.add_argument("--encoder", choices=["resnet18", "resnet34"], default="resnet18")
     p.add_argument("--up", choices=["transpose", "subpixel"], default="transpose")
     p.add_argument("--epochs", type=int, default=4, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -191,7 +191,7 @@ def scores(counts):
 
 
 def print_baseline(counts, classes):
-    """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
+    """Each class's share of the pixels, counts (256,), and what is to be beaten: one class only."""
     shares = counts[: len(classes)] / counts[:IGNORE].sum()
     listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
     print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
@@ -370,8 +370,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. Only in a PNG with a palette of other colours than black
-        # and white, the numbers of its colours are. I and F are photos of 16 and 32 bits.
+        # The grey values are the labels. But a PNG with a palette has a number for each colour, and
+        # the numbers are the labels, if not all is black and white, where white may be number 0.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

@@ -1,9 +1,8 @@
 """Masked pre-training of a VQ-VAE on photos without labels: stage 1 of 3.
 
 WHAT IT DOES  Photos (B, 3, H, W) with a grey square go in, and what is under it
-comes out: it must be guessed from what is around it (Pathak et al. 2016, He et
-al. 2022), through the codes of a VQ-VAE (van den Oord et al. 2017).
-finetune.py takes over what the network learned.
+comes out, guessed from what is around it (Pathak et al. 2016, He et al. 2022),
+by a VQ-VAE (van den Oord et al. 2017). finetune.py takes over what it learned.
 
     photo --+--------------- clean, the target ------------------+
             |                                                    |
@@ -11,8 +10,7 @@ finetune.py takes over what the network learned.
                                                           was hidden
 
 YOU WILL LEARN  why the target must be the clean photo -> pretrain_epoch; how to
-mask -> draw_masks; how to tell that the network fills in rather than copies ->
-check; how a codebook learns and stays alive -> Quantiser.learn
+tell that a network fills in -> check; how a codebook learns -> Quantiser.learn
 
 RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
         python pretrain.py --resume --epochs 12  goes on, the rate rises again
@@ -21,8 +19,7 @@ RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
 
 WHAT TO EXPECT  Toy: hidden 0.50, fill 0.69 after 2 minutes on two cores.
 A broken run: `hidden` stays near `fill`, `used` below 50 of 512.
-DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step,
-Sonnet's 0.99), codes start from data, unused ones move to data.
+DIFFERS FROM THE PAPER  In the codebook, as vqvae.py.
 """
 
 import json
@@ -71,14 +68,14 @@ def parse_args(argv=None):
     p.add_argument("--data", default="toy", help="toy, catdog, pets, or a folder of images")
     p.add_argument("--root", default="data", help="where pets and catdog lie")
     p.add_argument("--download", action="store_true", help="fetch what is missing of catdog")
-    p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
+    p.add_argument("--size", type=int, nargs="+", default=[64], metavar="PX", help="side, or H W")
     p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--mask", default="0.05-0.25", help="LO-HI, share of a photo's area to hide")
     p.add_argument("--patch", type=int, default=0, help="hide patches of this side, not a square")
     p.add_argument("--distort", nargs="+", choices=DISTORTIONS, default=[], help="what else to do")
     p.add_argument("--epochs", type=int, default=2, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, masks")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -217,7 +214,7 @@ def mean_fill(x, hidden):
 def draw_masks(B, args):
     """(B, 1, H, W) bool, True where a photo is hidden, a share of its area in --mask."""
     H, W = args.size
-    low, high = [float(share) for share in args.mask.split("-")]
+    low, high = map(float, args.mask.split("-"))
     share = low + (high - low) * torch.rand(B, 1)
     if args.patch:  # the patches that come first in a random order
         h, w = math.ceil(H / args.patch), math.ceil(W / args.patch)
@@ -301,7 +298,7 @@ def check(model, images, masks, args):
 @torch.inference_mode()
 def finish_masked(model, images, masks, args):
     """The best epoch's samples.png: photos, what is seen of them, what comes out; result.json."""
-    out, x = Path(args.out), images[:8].cpu() / 255
+    out, x = Path(args.out), images[:8] / 255
     result = load_checkpoint(out / "best.pt", SCRIPT)
     model.load_state_dict(result.pop("model"))
     masked = torch.where(masks[:8], FILL, x)

@@ -23,7 +23,7 @@ RUN IT  python unet.py                           drawn cats and dogs
 WHAT TO EXPECT  Toy: test mIoU (mean IoU -> scores) 0.82 after 2 minutes on two
 cores, where one class everywhere has 0.23.
 DIFFERS FROM THE PAPER  Convolutions are padded (the paper crops) and followed
-by batch normalisation; AdamW, BCE + Dice, and all pixels count alike.
+by batch normalisation; AdamW, BCE + Dice, no weights near the borders.
 """
 
 import json
@@ -51,13 +51,13 @@ def parse_args(argv=None):
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", default="toy", help="toy, pets, or a folder with images/ and masks/")
     p.add_argument("--root", default="data", help="where pets lie or are downloaded to")
-    p.add_argument("--size", type=int, nargs="+", default=[64], help="side in pixels, or H W")
+    p.add_argument("--size", type=int, nargs="+", default=[64], metavar="PX", help="side, or H W")
     p.add_argument("--ignore", type=int, help="label of the masks that does not count")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--width", type=int, default=16, help="channels at full size; paper: 64")
     p.add_argument("--up", choices=["transpose", "bilinear"], default="transpose")
     p.add_argument("--epochs", type=int, default=6, help="passes over the training photos")
-    p.add_argument("--batch-size", type=int, default=16, help="halve it if memory runs out")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -148,7 +148,7 @@ def bce_loss(logits, y, valid):
     """Binary cross-entropy, each class against the rest, mean over the valid pixels. logits and y
     are (B, C, H, W), y one-hot; valid (B, 1, H, W) is 1 where a pixel counts and 0 elsewhere."""
     # With p = 1 / (1 + e^-x), -y log p - (1 - y) log(1 - p) is x + log(1 + e^-x) - x y. If x < 0,
-    # e^-x may overflow, but x + log(1 + e^-x) = log(1 + e^x): so always max(x, 0), and e^-|x|.
+    # e^-x may overflow, but x + log(1 + e^-x) is log(1 + e^x). Both: max(x, 0) + log(1 + e^-|x|).
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
     return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
@@ -161,8 +161,8 @@ def dice_loss(logits, y, valid):
 
 
 def segmentation_loss(logits, masks):
-    """BCE + Dice, in float32: logits (B, C, H, W), masks (B, H, W). In BCE each pixel weighs the
-    same, in Dice each class, however small: together they find both."""
+    """BCE, in which each pixel weighs the same, + Dice, in which each class does, however small; in
+    float32: logits (B, C, H, W), masks (B, H, W)."""
     logits, masks = logits.float(), masks[:, None]  # (B, 1, H, W)
     labels = torch.arange(logits.shape[1], device=masks.device).view(-1, 1, 1)
     y = (masks == labels).float()  # (B, C, H, W), one-hot, 0 everywhere at IGNORE
@@ -193,7 +193,7 @@ def scores(counts):
 
 
 def print_baseline(counts, classes):
-    """Each class's share of the pixels, and what a network has to beat: one class everywhere."""
+    """Each class's share of the pixels, counts (256,), and what is to be beaten: one class only."""
     shares = counts[: len(classes)] / counts[:IGNORE].sum()
     listed = [f"{name} {share:.1%} " for name, share in zip(classes, shares)]
     print("masks   ", *listed[:6], f"ignored {counts[IGNORE] / counts.sum():.1%}")
@@ -372,8 +372,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. Only in a PNG with a palette of other colours than black
-        # and white, the numbers of its colours are. I and F are photos of 16 and 32 bits.
+        # The grey values are the labels. But a PNG with a palette has a number for each colour, and
+        # the numbers are the labels, if not all is black and white, where white may be number 0.
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

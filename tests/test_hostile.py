@@ -161,11 +161,11 @@ def pickle_in_the_sample_inputs(files):
     files[member(files, "sample_inputs/model.pt")] = pickled(([Code()], {}))
 
 
-def pickled_weight(files):
+def pickled_weight(files, flag):
     files[member(files, "weights/weight_0")] = pickled(Code())
     with opened(files, WEIGHTS) as content:
         for entry in content["config"].values():
-            entry["use_pickle"] = True
+            entry["use_pickle"] = flag
 
 
 def pickled_constant(files):
@@ -196,7 +196,8 @@ FACTORY = {"default_factory_module": "antigravity", "default_factory_name": "x",
 FACTORY = json.dumps(FACTORY).replace('"', '\\"')
 ATTACKS = [  # a function, and what it is called with after the files
     (pickle_in_the_sample_inputs,),
-    (pickled_weight,),
+    (pickled_weight, True),
+    (pickled_weight, "False"),  # a text is as good as True
     (pickled_constant,),
     (add_constant, "custom_obj_0", False),
     (beside, "weights/weight_0", "constants/opaque_obj_0", pickled(Code())),

@@ -15,7 +15,7 @@ def read(name):
 
 
 def experiments():
-    return load("experiments").names_of(read("experiments"))
+    return list(dict.fromkeys(record["experiment"] for record in read("experiments")))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=str)
