@@ -358,8 +358,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. But a PNG with a palette has a number for each colour, and
-        # the numbers are the labels, if not all is black and white, where white may be number 0.
+        # The grey values are the labels. But a PNG with a palette stores numbers, one a colour:
+        # these are the labels, say 1 for red. (In black and white not: there white may be 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

@@ -179,7 +179,7 @@ def confusion(logits, masks):
 
 def scores(counts):
     """Accuracy, mean IoU and mean Dice. Of a class, with T its true and P its predicted pixels, IoU
-    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); without either it is nan, and left out."""
+    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); nan, and left out, if there are none."""
     counts = counts.cpu()  # waits for the GPU; MPS has no float64
     both = counts.diag().double()
     iou = both / (counts.sum(0) + counts.sum(1) - both)
@@ -204,7 +204,7 @@ def print_baseline(counts, classes):
 
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, mirrored or not, in other light."""
-    ## No zoom: enlarging the training photos by 1 to 1.6 lowered mean IoU by 1.4 points.
+    ## No zoom: enlarging the photos of pets by 1 to 1.6 lowered mean IoU by 1.4 points.
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -370,8 +370,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. But a PNG with a palette has a number for each colour, and
-        # the numbers are the labels, if not all is black and white, where white may be number 0.
+        # The grey values are the labels. But a PNG with a palette stores numbers, one a colour:
+        # these are the labels, say 1 for red. (In black and white not: there white may be 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
