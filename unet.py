@@ -260,7 +260,6 @@ def validate(model, images, masks, args):
 def train(model, optimizer, history, photos, val, args):
     """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
     one with the highest mean IoU on the validation photos so far leaves best.pt."""
-    out = Path(args.out)
     print(" epoch      loss       lr val_loss      acc     mIoU     Dice  seconds")
     for epoch in range(len(history), args.epochs):
         began = time.time()
@@ -270,11 +269,11 @@ def train(model, optimizer, history, photos, val, args):
         best = row["val_miou"] == max(old["val_miou"] for old in history)
         state = {"script": SCRIPT, "args": vars(args), "model": model.state_dict(), "metrics": row}
         if best:
-            save(out / "best.pt", lambda file: torch.save(state, file))
+            save(Path(args.out, "best.pt"), lambda file: torch.save(state, file))
         state |= {"optimizer": optimizer.state_dict(), "history": history}
         log = "".join(json.dumps(row) + "\n" for row in history)
-        save(out / "log.jsonl", lambda file: file.write_text(log))
-        save(out / "last.pt", lambda file: torch.save(state, file))
+        save(Path(args.out, "log.jsonl"), lambda file: file.write_text(log))
+        save(Path(args.out, "last.pt"), lambda file: torch.save(state, file))
         numbers = "".join(f"{value:9.4f}" for value in list(row.values())[1:])
         print(f"{epoch + 1:3}/{args.epochs:<3}{numbers}{' *' if best else ''}")
 
@@ -405,12 +404,13 @@ def load_data(args):
     train, val = load_split(args, "train"), load_split(args, "val")
     counts = torch.bincount(torch.cat([train[1], val[1]]).flatten(), minlength=256)
     labels = counts[:IGNORE].nonzero().flatten().tolist()
-    if not 2 <= len(labels) < IGNORE or labels != list(range(len(labels))):
+    C = max(labels, default=0) + 1
+    if not 2 <= C < IGNORE or 0 not in labels or 2 * len(labels) < C:  # a rare one may be missing
         sys.exit(f"{args.data}: labels {labels[:9]}; wanted 0 and 255, or 0 to C-1 (see README)")
-    args.classes = [str(label) for label in labels]
+    args.classes = [str(label) for label in range(C)]
     if args.data in ("toy", "pets"):
-        args.classes = ["pet", "background", "border"][: len(labels)]
-    elif len(labels) == 2:
+        args.classes = ["pet", "background", "border"][:C]
+    elif C == 2:
         args.classes = ["background", "foreground"]
     few = math.ceil(args.frac * len(train[0]))
     print(f"data     {args.data}: train {few}  val {len(val[0])}  {args.size} pixels")

@@ -201,6 +201,15 @@ def test_labels_are_classes(parted):
     assert (masks[:, 0] == m.IGNORE).all()
 
 
+def test_a_rare_label_may_be_missing(tmp_path):
+    """In 150 labels some have so few pixels that none is left at a small size."""
+    every = (np.arange(48 * 64) % 150).reshape(48, 64).astype(np.uint8)
+    folder = write_folder(tmp_path / "many", 12, lambda labels: every)
+    args = m.parse_args(["--data", str(folder), "--size", "32", "--device", "cpu"])
+    _, (_, masks) = m.load_data(args)
+    assert args.classes == [str(label) for label in range(150)] and len(masks.unique()) < 150
+
+
 def test_255_among_labels_does_not_count(tmp_path):
     """The void of Pascal VOC, whose masks are indices into a palette of colours."""
     colours = np.random.default_rng(0).integers(0, 256, 768).tolist()
