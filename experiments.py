@@ -160,9 +160,8 @@ def plan(args, name):
     elif name == "imbalance":  # 0.758 of the photos show a dog or a cat of the three breeds
         control = tuned(args, "same number, all breeds", pre, 0.758)
         few = tuned(args, "three cat breeds", pre)
-        few["command"] = control["command"].replace(
-            "--frac 0.758", "--cats Maine_Coon Birman Bombay"
-        )
+        cats = "--cats Maine_Coon Birman Bombay"
+        few["command"] = control["command"].replace("--frac 0.758", cats)
         arms = [tuned(args, "all photos", pre), control, few]
     elif not Path(args.root, name).is_dir():
         print(f"skipped  {args.root}/{name} is not there (images/, masks/ in train/ and test/)")
@@ -381,13 +380,9 @@ def markdown(records, name):
     first = next(record for record in records if record["experiment"] == name)
     seeds = sorted({len(group) for group in groups.values()})
     size = "x".join(str(side) for side in first["size"])
-    lines = [
-        f"### {name}",
-        "",
-        f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, torch "
-        f"{first['torch']}, seeds: {' or '.join(map(str, seeds))}. {NOTES.get(name, '')}".strip(),
-        "",
-    ]
+    text = f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, "
+    text += f"torch {first['torch']}, seeds: {' or '.join(map(str, seeds))}. {NOTES.get(name, '')}"
+    lines = [f"### {name}", "", text.strip(), ""]
     columns = COLUMNS.get(name, USUAL)
     titles = [TITLES.get(column, column.replace("_", " ")) for column in columns]
     more = {"gain (95 %)": gains(name, groups, 0), "gain, as long (95 %)": gains(name, groups, 1)}
@@ -423,11 +418,13 @@ def chart(records, name):
         lines.setdefault(line, {})[x] = mean
     xs = {x for line in lines.values() for x in line}
     xs = sorted(xs, key=lambda x: float(x.split()[0]))  # side by side, whatever lies between them
+    ys = [y for line in lines.values() for y in line.values()]
+    low, high = math.floor(20 * min(ys)) / 20, math.ceil(20 * max(ys)) / 20  # of the axis
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
     svg.append('<rect width="760" height="400" fill="white"/><text x="60" y="20">test mIoU</text>')
-    for tenth in range(2, 10):  # the axis goes from 0.2 to 0.9
-        y = 440 - 45 * tenth
-        svg.append(f'<text x="20" y="{y + 5}">0.{tenth}</text>')
+    for i in range(round(20 * (high - low)) + 1):
+        y = round(350 - 300 * i / 20 / (high - low))
+        svg.append(f'<text x="16" y="{y + 5}">{low + i / 20:.2f}</text>')
         svg.append(f'<path d="M 60 {y} H 540" stroke="lightgrey"/>')
     for i, x in enumerate(xs):
         svg.append(f'<text x="{60 + 110 * i}" y="380">{x}</text>')
@@ -436,7 +433,7 @@ def chart(records, name):
         svg.append(f'<text x="560" y="{60 + 24 * i}" fill="{colour}">{line}</text>')
         path = []
         for x, y in points.items():
-            x, y = 60 + 110 * xs.index(x), round(440 - 450 * y)
+            x, y = 60 + 110 * xs.index(x), round(350 - 300 * (y - low) / (high - low))
             path.append(f"{x},{y}")
             svg.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
         svg.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}"/>')

@@ -3,6 +3,8 @@ Python block of README.md runs, and every link leads somewhere."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +55,35 @@ def test_links_lead_somewhere():
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
 def test_labels_are_renumbered_as_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.array([[0, 38], [75, 38]], np.uint8)).save("mask.png")
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (code,) = [block for block in BLOCKS if "mask.png" in block]
     exec(code, {})
     assert np.asarray(Image.open("mask.png")).tolist() == [[0, 1], [2, 1]]
+
+
+def test_another_network_as_the_readme_says(tmp_path):
+    """A copy of unet.py with another section "model" trains, goes on, and is scored."""
+    (code,) = [block for block in BLOCKS if "deeplab" in block]
+    text = (ROOT / "unet.py").read_text()
+    start, end = text.index("# --- model ---"), text.index("# --- loss and scores ")
+    text = text[:start] + code + text[end:]
+    assert text.count('SCRIPT = "unet.py"') == 1
+    copy = tmp_path / "deeplab.py"
+    copy.write_text(text.replace('SCRIPT = "unet.py"', 'SCRIPT = "deeplab.py"'))
+
+    def typed(*words):
+        words = [sys.executable, *map(str, words)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    flags = ["--size", "32", "--frac", "0.02", "--out", "checkpoints/deeplab"]
+    typed(copy, *flags, "--epochs", "1")
+    typed(copy, *flags, "--resume", "--epochs", "2")
+    assert len((tmp_path / "checkpoints/deeplab/log.jsonl").read_text().splitlines()) == 2
+    assert "checkpoints/deeplab" in typed(ROOT / "evaluate.py")

@@ -24,23 +24,27 @@ def test_every_file_is_json(path):
 
 
 @pytest.mark.parametrize("name", experiments())
-def test_tables_are_what_experiments_prints(name, capsys):
-    """experiments.py --table renders every row and difference that the page shows."""
-    load("experiments").main(["--table", str(RESULTS / "experiments.json")])
+def test_tables_are_what_experiments_prints(name, tmp_path, capsys):
+    """experiments.py --table renders every row of the page, and the charts beside it."""
+    copy = tmp_path / "experiments.json"
+    copy.write_text((RESULTS / copy.name).read_text())
+    e = load("experiments")
+    e.main(["--table", str(copy)])
     printed = capsys.readouterr().out
-    lines = load("experiments").markdown(read("experiments"), name).splitlines()
-    figures = [line for line in lines if line.startswith(("| ", "- "))]
+    text = e.markdown(read("experiments"), name) + e.published(read("experiments"))
+    figures = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(figures) > 2
     for line in figures:
         assert line in PAGE and line in printed
+    if name in e.CHARTS:
+        assert (tmp_path / f"{name}.svg").read_text() == (RESULTS / f"{name}.svg").read_text()
 
 
-def test_scores_of_the_chain():
-    for name, title in [("pets", "pets, 128 px, CPU"), ("toy", "toy, 64 px, CPU")]:
-        scores = read(name)[0]["scores"]
-        cells = [scores["accuracy"], scores["miou"]]
-        cells += [scores["classes"][label]["iou"] for label in ("pet", "background", "border")]
-        assert f"| {title} | {' | '.join(f'{value:.3f}' for value in cells)} |" in PAGE
+def test_what_was_tried():
+    for row in read("tuning"):
+        values = ", ".join(map(str, row["values"]))
+        scores = ", ".join(f"{value:.3f}" for value in row["miou"])
+        assert f"| {row['what']} | {values} | {scores} |" in PAGE
 
 
 def test_near_duplicates():
@@ -72,8 +76,8 @@ def test_what_to_expect(name):
     assert f" {score:.2f}" in load(name).__doc__.partition("WHAT TO EXPECT")[2]
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}.py`")]
     assert f"{score:.3f}" in row
-    if "seconds" in run:
-        assert f"in {run['seconds']:.0f} s" in row and run["seconds"] < 120
+    assert f"in {run['seconds']:.0f} s" in row and run["seconds"] < 120
+    assert f"| `{run['command']}` | {run['seconds']:.0f} |" in PAGE and f"{score:.4f}" in PAGE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,3 +92,12 @@ def test_the_quick_start_is_that_of_the_committed_run():
     for key in ["accuracy", "miou"]:
         assert f"{key:24}{scores[key]:21.4f}" in README
     assert scores["miou"] > read("defaults")["baseline_miou"] + 0.2 and quick < 240
+
+
+def test_the_demonstration():
+    """The run in which pre-training helps is that of the committed scores."""
+    demo = read("demonstration")
+    assert all(command in README for command in demo["commands"])
+    assert demo["pretrained"] > demo["scratch"]
+    for key in ["pretrained", "scratch"]:
+        assert f"{demo[key]:.3f}" in README
