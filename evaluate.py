@@ -309,15 +309,16 @@ def draw_toy(n, size, seed):
 
 def list_folder(folder):
     """[(photo, mask) paths] of equal names in images/ and masks/; x_mask.png is a mask of x.jpg."""
-    photos, masks = {}, {}
-    for kind, found in [("images", photos), ("masks", masks)]:
+    pairs = {}
+    for kind in ["images", "masks"]:
         for path in sorted(Path(folder, kind).glob("[!.]*")):
             if path.suffix.lower() in Image.registered_extensions():
-                found[path.stem.removesuffix("_mask").removesuffix("_gt")] = path
-    lonely = sorted(photos.keys() ^ masks.keys())
-    if lonely or not photos:
-        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {lonely[:5] or 'none there'}")
-    return [(photos[name], masks[name]) for name in photos]
+                name = path.stem.removesuffix("_mask").removesuffix("_gt")
+                pairs.setdefault(name, []).append(path)
+    odd = [name for name, pair in pairs.items() if len(pair) != 2]
+    if odd or not pairs:
+        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {odd[:5] or 'none there'}")
+    return [tuple(pair) for pair in pairs.values()]
 
 
 def list_photos(args):
@@ -329,8 +330,7 @@ def list_photos(args):
         try:
             datasets.OxfordIIITPet(args.root, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
-            url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
-            sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
+            sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
             names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
@@ -427,12 +427,11 @@ def draw_overlay(path, images, masks, answers, first):
 @torch.inference_mode()
 def segment_photos(segment, meta, args):
     """Writes NAME_predicted.png, labels in the photo's own size, and NAME_overlay.jpg."""
-    paths = []
+    paths, no_photos = [], ("_predicted", "_overlay", "_mask", "_gt")
     for name in args.photos:
-        paths += sorted(Path(name).glob("[!.]*.*")) or [Path(name)]
+        found = sorted(Path(name).glob("[!.]*.*"))
+        paths += [path for path in found if not path.stem.endswith(no_photos)] or [Path(name)]
     for path in paths:
-        if path.stem.endswith(("_predicted", "_overlay", "_mask", "_gt")):
-            continue
         try:
             photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except Exception as error:  # whatever a broken file can provoke
@@ -441,7 +440,7 @@ def segment_photos(segment, meta, args):
         pixels = np.array(photo.resize(meta["size"][::-1], Image.BILINEAR))  # (H, W, 3)
         logits = segment(torch.tensor(pixels, device=args.device).movedim(2, 0)[None] / 255)
         logits = F.interpolate(logits, photo.size[::-1], mode="bilinear")  # at the photo's size
-        mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
+        mask = Image.fromarray(np.uint8(logits[0].argmax(0).cpu()))
         mask.putpalette(COLOURS.roll(first_of(len(meta["classes"])), 0).flatten().tolist())
         overlay, out = Image.blend(photo, mask.convert("RGB"), 0.5), Path(args.out or path.parent)
         save(out / f"{path.stem}_predicted.png", mask.save)

@@ -374,15 +374,16 @@ def draw_toy(n, size, seed):
 
 def list_folder(folder):
     """[(photo, mask) paths] of equal names in images/ and masks/; x_mask.png is a mask of x.jpg."""
-    photos, masks = {}, {}
-    for kind, found in [("images", photos), ("masks", masks)]:
+    pairs = {}
+    for kind in ["images", "masks"]:
         for path in sorted(Path(folder, kind).glob("[!.]*")):
             if path.suffix.lower() in Image.registered_extensions():
-                found[path.stem.removesuffix("_mask").removesuffix("_gt")] = path
-    lonely = sorted(photos.keys() ^ masks.keys())
-    if lonely or not photos:
-        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {lonely[:5] or 'none there'}")
-    return [(photos[name], masks[name]) for name in photos]
+                name = path.stem.removesuffix("_mask").removesuffix("_gt")
+                pairs.setdefault(name, []).append(path)
+    odd = [name for name, pair in pairs.items() if len(pair) != 2]
+    if odd or not pairs:
+        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {odd[:5] or 'none there'}")
+    return [tuple(pair) for pair in pairs.values()]
 
 
 def list_photos(args):
@@ -394,8 +395,7 @@ def list_photos(args):
         try:
             datasets.OxfordIIITPet(args.root, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
-            url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
-            sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
+            sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
             names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
@@ -504,10 +504,9 @@ def main(argv=None):
     photos, val = load_data(args)
     if args.cats:  # and all dogs, whose files begin with a small letter
         names = [photo.name for photo, _ in list_photos(args)["train"]]
-        wanted = [n[0].islower() or n.startswith(tuple(args.cats)) for n in names]
-        kept = torch.tensor(wanted)[: len(photos[0])]
-        photos = [tensor[kept] for tensor in photos]
-        print(f"cats     of {', '.join(args.cats)}, and all dogs: {kept.sum()} photos")
+        kept = torch.tensor([n[0].islower() or n.startswith(tuple(args.cats)) for n in names])
+        photos = [tensor[kept[: len(tensor)]] for tensor in photos]
+        print(f"cats     of {', '.join(args.cats)}, and all dogs: {len(photos[0])} photos")
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
@@ -527,7 +526,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists():
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -322,15 +322,16 @@ def draw_toy(n, size, seed):
 
 def list_folder(folder):
     """[(photo, mask) paths] of equal names in images/ and masks/; x_mask.png is a mask of x.jpg."""
-    photos, masks = {}, {}
-    for kind, found in [("images", photos), ("masks", masks)]:
+    pairs = {}
+    for kind in ["images", "masks"]:
         for path in sorted(Path(folder, kind).glob("[!.]*")):
             if path.suffix.lower() in Image.registered_extensions():
-                found[path.stem.removesuffix("_mask").removesuffix("_gt")] = path
-    lonely = sorted(photos.keys() ^ masks.keys())
-    if lonely or not photos:
-        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {lonely[:5] or 'none there'}")
-    return [(photos[name], masks[name]) for name in photos]
+                name = path.stem.removesuffix("_mask").removesuffix("_gt")
+                pairs.setdefault(name, []).append(path)
+    odd = [name for name, pair in pairs.items() if len(pair) != 2]
+    if odd or not pairs:
+        sys.exit(f"{folder}: wanted pairs in images/ and masks/; {odd[:5] or 'none there'}")
+    return [tuple(pair) for pair in pairs.values()]
 
 
 def list_photos(args):
@@ -342,8 +343,7 @@ def list_photos(args):
         try:
             datasets.OxfordIIITPet(args.root, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
-            url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
-            sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
+            sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
             names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
             masks = [base / f"annotations/trimaps/{name}.png" for name in names]
@@ -467,7 +467,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists():
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -29,6 +29,7 @@ start from data, unused ones move to data.
 
 import json
 import math
+import random
 import shutil
 import sys
 import time
@@ -302,8 +303,7 @@ def list_images(args):
         try:
             datasets.OxfordIIITPet(args.root, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
-            url = "https://www.robots.ox.ac.uk/~vgg/data/pets"
-            sys.exit(f"{error}: unpack both archives of {url} in {base} by hand")
+            sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         names = (base / "annotations/trainval.txt").read_text().split()[::4]
         return [base / f"images/{n}.jpg" for n in names if zlib.crc32(n.encode()) % 10 != 1]
     photos = []
@@ -335,8 +335,8 @@ def read_images(photos, args):
     print(f"photos   {len(photos)}, of which {len(unique)} can be read and are no copies")
     if len(unique) < 2:
         sys.exit(f"{args.data}: too few photos to train and validate with")
-    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(0))
-    return torch.stack([unique[i] for i in order])
+    random.Random(0).shuffle(unique)
+    return torch.stack(unique)
 
 
 def load_images(args):
@@ -401,7 +401,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists():
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

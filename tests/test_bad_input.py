@@ -289,6 +289,15 @@ def test_resume_with_other_photos(folder, refuse):
     assert checkpoint("run.prev/last.pt")["args"]["checksum"] == before
 
 
+def test_a_folder_with_folders_is_moved_nowhere(folder):
+    """--out on a folder of photos, typed three times: nothing but the run is written over."""
+    photos = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    for _ in range(3):
+        small_run("unet", folder, "--out", str(folder))
+    assert {path: path.read_bytes() for path in photos} == photos
+    assert (folder / "model.pt2").exists() and not Path("mine.prev").exists()
+
+
 def test_a_refusal_leaves_the_old_run(folder, refuse):
     small_run("finetune", folder, "--out", "run")
     for flags in ["--data nowhere", "--data mine --frac 0", "--data mine --init nowhere/best.pt"]:
@@ -311,7 +320,7 @@ def test_pets_that_cannot_be_downloaded(name, monkeypatch, refused):
         "torchvision.datasets.oxford_iiit_pet.download_and_extract_archive", no_route
     )
     line = refused(name, "--data", "pets", "--root", "here")
-    assert "no route to host" in line and "https://www.robots.ox.ac.uk/~vgg/data/pets" in line
+    assert "no route to host" in line and "www.robots.ox.ac.uk/~vgg/data/pets" in line
     base = Path(re.search(r" in (\S+) by hand", line)[1])
     write_pets(base.parent)
     small_run(name, "pets", "--root", "here")

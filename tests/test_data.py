@@ -147,6 +147,12 @@ def test_frac_is_nested_and_leaves_val_alone(flat):
     assert torch.equal(val[0], val_of_half[0])
 
 
+def test_two_photos_of_one_name_are_refused(flat, refuse):
+    """One of them would be left out without a word."""
+    drawn(5)[0].save(flat / "images/003.png")
+    assert "['003']" in refuse("unet", "--size", "32", "--data", flat)
+
+
 def test_masks_may_be_named_after_their_photos(flat):
     """x_mask.png and x_gt.png belong to x.jpg; files that are no pictures do not count."""
     want = parts(flat)
