@@ -421,6 +421,7 @@ def chart(records, name):
     ys = [y for line in lines.values() for y in line.values()]
     low, high = math.floor(20 * min(ys)) / 20, math.ceil(20 * max(ys)) / 20  # of the axis
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
+    svg.append("<style>text { font-family: sans-serif }</style>")
     svg.append('<rect width="760" height="400" fill="white"/><text x="60" y="20">test mIoU</text>')
     for i in range(round(20 * (high - low)) + 1):
         y = round(350 - 300 * i / 20 / (high - low))
@@ -435,8 +436,10 @@ def chart(records, name):
         for x, y in points.items():
             x, y = 60 + 110 * xs.index(x), round(350 - 300 * (y - low) / (high - low))
             path.append(f"{x},{y}")
-            svg.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        svg.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}"/>')
+            svg.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+        svg.append(
+            f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
     return "\n".join([*svg, "</svg>"])
 
 

@@ -19,7 +19,8 @@ RUN IT  python finetune.py --frac 0.5            after python pretrain.py
         python finetune.py --data pets --size 128 --epochs 60
         python evaluate.py checkpoints/finetune  scores on photos never seen
 
-WHAT TO EXPECT  Toy: test mIoU 0.50 with --frac 0.5, 80 seconds. Broken: 0.23.
+WHAT TO EXPECT  Toy: test mIoU 0.58 with --frac 0.5, in a minute (from
+scratch 0.63: on drawn pets it does not pay); all one class: 0.23.
 DIFFERS FROM THE PAPER  The paper draws with its codes; here they segment.
 """
 

@@ -20,7 +20,7 @@ RUN IT  python vqvae.py                          drawn cats and dogs
         python vqvae.py --data pets --epochs 12
         python vqvae.py --net 256 256 4 2        a larger network
 
-WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after 2 minutes on two cores.
+WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after a minute on two cores.
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step; 0.99
 in Sonnet, the authors' code), as early on the encoder outruns slow ones. Codes

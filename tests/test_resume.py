@@ -255,7 +255,7 @@ def test_killed_while_training(typed, here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("name", [*LIGHT, LINKNET])
 def test_killed_often_equals_uninterrupted(name, typed, here):
     """Reading photos, training, saving, exporting: with eight kills it ends as without any."""
     g, words = random.Random(1), typed(name, *EXTRA.get(name, []), "--epochs", "6")
