@@ -19,7 +19,7 @@ RUN IT  python linknet.py                        drawn cats and dogs
         python linknet.py --data pets --size 96 --imagenet
         python evaluate.py checkpoints/linknet   scores on photos never seen
 
-WHAT TO EXPECT  Toy: test mIoU 0.73, one minute on two cores; all one class: 0.23
+WHAT TO EXPECT  Toy: test mIoU 0.73, a minute on two cores; all one class: 0.23
 DIFFERS FROM THE PAPER  AdamW, warm-up and a cosine, where it has RMSProp;
 random weights unless --imagenet; --up subpixel and resnet34 are ours.
 """

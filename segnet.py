@@ -21,7 +21,7 @@ RUN IT  python segnet.py                         drawn cats and dogs
         python segnet.py --data pets --size 96 --width 32
         python evaluate.py checkpoints/segnet    scores on photos never seen
 
-WHAT TO EXPECT  Toy: test mIoU 0.47, one minute on two cores; all one class: 0.23
+WHAT TO EXPECT  Toy: test mIoU 0.47, a minute on two cores; all one class: 0.23
 DIFFERS FROM THE PAPER  Fewer channels (its own: --width 64), AdamW, BCE + Dice;
 no pre-trained VGG-16, no class weights. --pretrain is not in the paper.
 """

@@ -20,7 +20,7 @@ RUN IT  python unet.py                           drawn cats and dogs
         python unet.py --data pets --size 96 --width 24
         python evaluate.py checkpoints/unet      scores on photos never seen
 
-WHAT TO EXPECT  Toy: test mIoU 0.83, one minute on two cores; all one class: 0.23
+WHAT TO EXPECT  Toy: test mIoU 0.83, a minute on two cores; all one class: 0.23
 DIFFERS FROM THE PAPER  Convolutions are padded (the paper crops) and followed
 by batch normalisation; AdamW, BCE + Dice, no weights near the borders.
 """

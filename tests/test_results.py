@@ -92,6 +92,14 @@ def test_the_quick_start_is_that_of_the_committed_run():
     for key in ["accuracy", "miou"]:
         assert f"{key:24}{scores[key]:21.4f}" in README
     assert scores["miou"] > read("defaults")["baseline_miou"] + 0.2 and quick < 240
+    scratch = read("defaults")["scratch"]["scores"]["miou"]
+    assert f"has {scratch:.3f}" in README and f"{scratch:.2f}" in load("finetune").__doc__
+
+
+def test_the_laptop_run():
+    run = read("laptop")
+    assert run["command"] in README and f"{run['miou']:.3f}" in README
+    assert f"{run['seconds']:.0f} seconds" in PAGE
 
 
 def test_the_demonstration():
