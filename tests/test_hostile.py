@@ -350,6 +350,19 @@ def test_a_program_that_is_cut_off(share, files, refused):
     refused()
 
 
+class Fragile(torch.nn.Module):
+    """Answers nan for a bright photo."""
+
+    def forward(self, x):
+        return torch.where(x.mean((1, 2, 3), keepdim=True) > 0.3, torch.nan * x, x)
+
+
+def test_answers_that_are_not_finite(refused):
+    """Not those for the first photo that is tried, which is dark."""
+    export(Fragile())
+    assert "not finite" in refused()
+
+
 def test_a_checkpoint_is_no_program(refused):
     torch.save({"model": torch.zeros(3)}, "bad.pt2")
     refused()
