@@ -14,8 +14,7 @@ RUN IT  python experiments.py quick              four of them, on drawn pets
         python experiments.py labels --data pets --dry-run
         python experiments.py --table checkpoints/experiments/results.json
 
-WHAT TO EXPECT  `quick` takes less than ten minutes on two cores.
-Drawn pets show that everything runs, and little else. A run that breaks is
+WHAT TO EXPECT  `quick` takes a few minutes on two cores. A run that breaks is
 named with its last line, and OUT/SCRIPT-HASH.log has all that it printed.
 """
 
@@ -49,14 +48,15 @@ FOLDERS = {  # experiments on a data set of the same name under --root
     },
 }
 CHARTS = ["labels", "steps", "blur"]
-EXPERIMENTS = ["labels", "steps", "pretraining", "imbalance", "blur", "masks", "models", *FOLDERS]
+ON_PETS = ["labels", "steps", "codebook", "pretraining", "imbalance", "blur", "masks", "models"]
+EXPERIMENTS = [*ON_PETS, *FOLDERS]
 
 
 def parse_args(argv=None):
     names = f"{', '.join(EXPERIMENTS)}; or all; or quick: {', '.join(QUICK)} on drawn pets"
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help=names)
-    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first seven")
+    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first eight")
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, default=3, help="runs of each arm; quick: 1")
@@ -84,15 +84,18 @@ def parse_args(argv=None):
 ## whatever the number of labels, the same seeds, and the same learning rate. An arm is a line of a
 ## table: its label, the command of its training, and that of the pre-training that it starts from.
 
-STEPS_EPOCHS = [5, 10, 30, 120]
 FRACS = {"toy": [1.0, 0.1], "pets": [1.0, 0.5, 0.25, 0.1]}
 PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3329)}  # to train on, without labels and with them
+NETWORKS = {"LinkNet": "linknet", "SegNet": "segnet", "U-Net": "unet"}
+VARIANTS = {"LinkNet, sub-pixel": "linknet --up subpixel", "U-Net, bilinear": "unet --up bilinear"}
+NO_CODES = "--net 128 32 2 2 0"  # an ordinary auto-encoder
+THREE_CATS = "--cats Maine_Coon Birman Bombay"
 MASK_FLAGS = {"one square": "", "patches of 8 pixels": "--patch 8", "patches of 16": "--patch 16"}
 
 
-def pretraining(args, frac=1.0, mask=""):
+def pretraining(args, frac=1.0, flags=""):
     """The command of a pre-training. Half the photos are passed over twice as often."""
-    return f"pretrain --frac {frac} --epochs {round(args.pretrain_epochs / frac)} {mask}"
+    return f"pretrain --frac {frac} --epochs {round(args.pretrain_epochs / frac)} {flags}"
 
 
 def tuned(args, label, pre, frac=1.0, more=0.0):
@@ -101,30 +104,28 @@ def tuned(args, label, pre, frac=1.0, more=0.0):
     return {"label": label, "command": f"finetune --frac {frac} --epochs {epochs}", "pre": pre}
 
 
+def pair(args, x, frac, epochs, kind="", flags=""):
+    """Two arms, pre-trained and from scratch; x is what a chart has across."""
+    command = f"finetune --frac {frac} --epochs {round(epochs)} {flags}"
+    pre = pretraining(args, flags=flags)
+    return [
+        {"label": f"{kind}pre-trained, {x}", "command": command, "pre": pre},
+        {"label": f"{kind}scratch, {x}", "command": command, "pre": None},
+    ]
+
+
 def longer(args, label):
-    """Scratch with as many steps as pre-training and fine-tuning together: is it the unlabelled
-    photos that help, or the time?"""
+    """Scratch with as many steps as both stages: is it the photos that help, or the time?"""
     unlabelled, labelled = PHOTOS[args.data]
     return tuned(args, label, None, more=args.pretrain_epochs * unlabelled / labelled)
 
 
-def plan_models(args):
-    """All networks of this repository, none of them with weights from elsewhere."""
-    encoder, width = "resnet34", 32
-    if args.data == "toy":
-        encoder, width = "resnet18", 16
-    commands = {
-        "LinkNet": f"linknet --encoder {encoder}",
-        "SegNet": f"segnet --width {width}",
-        "U-Net": f"unet --width {width}",
-        "LinkNet, sub-pixel": f"linknet --encoder {encoder} --up subpixel",
-        "U-Net, bilinear": f"unet --width {width} --up bilinear",
-    }
+def plan_models(args, networks):
+    """The VQ-VAE beside other networks, none of them with weights from elsewhere."""
     arms = [tuned(args, "VQ-VAE, pre-trained", pretraining(args))]
     arms.append(tuned(args, "VQ-VAE, scratch", None))
-    for label, command in commands.items():
-        command += f" --epochs {args.epochs}"
-        arms.append({"label": label, "command": command, "pre": None})
+    for label, command in networks.items():
+        arms.append({"label": label, "command": f"{command} --epochs {args.epochs}", "pre": None})
     return arms
 
 
@@ -133,35 +134,35 @@ def plan(args, name):
     pre, arms = pretraining(args), []
     if name == "labels":  # what is pre-training worth, by the share of the labels?
         for frac in FRACS[args.data]:
-            share = f"{100 * frac:g} %"
-            arms.append(tuned(args, f"pre-trained, {share}", pre, frac))
-            arms.append(tuned(args, f"scratch, {share}", None, frac))
+            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs / frac)
         arms.append(longer(args, "scratch, as long, 100 %"))
-    elif name == "steps":  # how long does the lead of pre-training last?
-        for epochs in STEPS_EPOCHS:
-            steps = epochs * math.ceil(PHOTOS[args.data][1] / 160)  # a tenth, in batches of 16
-            for label, start in [("pre-trained", pre), ("scratch", None)]:
-                command = f"finetune --frac 0.1 --epochs {epochs}"
-                label = f"{label}, {steps} steps"
-                arms.append({"label": label, "command": command, "pre": start})
+    elif name == "steps":  # how long does its lead last, with codes and without?
+        for epochs in [5, 10, 30, 120]:
+            x = f"{epochs * math.ceil(PHOTOS[args.data][1] / 160)} steps"  # a tenth, by 16
+            arms += pair(args, x, 0.1, epochs)
+            arms += pair(args, x, 0.1, epochs, "no codes, ", NO_CODES)
+    elif name == "codebook":  # what do the codes cost?
+        for frac in [1.0, 0.25]:
+            x = f"{100 * frac:g} %"
+            arms += pair(args, x, frac, args.epochs / frac, "codes, ")
+            arms += pair(args, x, frac, args.epochs / frac, "no codes, ", NO_CODES)
     elif name == "pretraining":  # do more unlabelled photos help?
         arms = [tuned(args, "all", pre), tuned(args, "half", pretraining(args, 0.5))]
         arms += [tuned(args, "none", None), longer(args, "none, as long")]
     elif name == "masks":  # which mask, with a tenth of the labels?
         arms = [tuned(args, "no pre-training", None, 0.1)]
         for label, flags in MASK_FLAGS.items():
-            arms.append(tuned(args, label, pretraining(args, mask=flags), 0.1))
+            arms.append(tuned(args, label, pretraining(args, flags=flags), 0.1))
     elif name == "models":
-        arms = plan_models(args)
+        arms = plan_models(args, NETWORKS | VARIANTS)
     elif name == "blur":  # who still sees something in blurred photos?
-        arms = plan_models(args)[:5]  # without the variants
+        arms = plan_models(args, NETWORKS)
     elif name == "imbalance" and args.data == "toy":
         print("skipped  imbalance: drawn pets have no breeds; try --data pets")
-    elif name == "imbalance":  # 0.758 of the photos show a dog or a cat of the three breeds
-        control = tuned(args, "same number, all breeds", pre, 0.758)
-        few = tuned(args, "three cat breeds", pre)
-        cats = "--cats Maine_Coon Birman Bombay"
-        few["command"] = control["command"].replace("--frac 0.758", cats)
+    elif name == "imbalance":  # 0.7617 of the photos show a dog or a cat of the three breeds
+        control = tuned(args, "same number, all breeds", pre, 0.7617)
+        few = control | {"label": "three cat breeds"}
+        few["command"] = few["command"].replace("--frac 0.7617", THREE_CATS)
         arms = [tuned(args, "all photos", pre), control, few]
     elif not Path(args.root, name).is_dir():
         print(f"skipped  {args.root}/{name} is not there (images/, masks/ in train/ and test/)")
@@ -174,7 +175,6 @@ def plan(args, name):
 
 # --- run -----------------------------------------------------------------------------------------
 
-BLURS = [0, 25, 50, 75, 100]  # per cent
 TESTED = ["parameters", "multiply_adds", "device", "torch", "size", "data", "photos"]
 
 
@@ -253,7 +253,7 @@ def collect(args, name, arms):
         for seed in range(args.seeds):
             words = training_of(args, arm, seed)
             runs[words[-1]] = (arm, seed, f"python {shlex.join(words)}")
-    for blur in BLURS if name == "blur" else [0]:
+    for blur in [0, 25, 50, 75, 100] if name == "blur" else [0]:  # per cent
         tested = evaluate(args, list(runs), blur)
         for folder, (arm, seed, command) in runs.items():
             result = json.loads(Path(folder, "result.json").read_text())
@@ -358,7 +358,9 @@ def controls_of(name, label):
     """The arms that an arm is compared with."""
     if name in CONTROLS and label not in CONTROLS[name]:
         return CONTROLS[name]
-    if label.startswith("pre-trained"):
+    if name == "codebook":
+        return [label.removeprefix("no ")]
+    if "pre-trained" in label:
         return [label.replace("pre-trained", arm) for arm in ("scratch", "scratch, as long")]
     return []
 
@@ -368,7 +370,7 @@ def gains(name, groups, number):
     found = {}
     for label, group in groups.items():
         for control in controls_of(name, label)[number : number + 1]:
-            if control in groups:
+            if control in groups and control != label:
                 mean, half = paired(group, groups[control])
                 found[label] = f"{mean:+.4f} ± {half:.4f}" if half else f"{mean:+.4f}"
     return found
@@ -421,7 +423,7 @@ def chart(records, name):
     ys = [y for line in lines.values() for y in line.values()]
     low, high = math.floor(20 * min(ys)) / 20, math.ceil(20 * max(ys)) / 20  # of the axis
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
-    svg.append("<style>text { font-family: sans-serif }</style>")
+    svg.append("<style>text { font-family: sans-serif } polyline { fill: none }</style>")
     svg.append('<rect width="760" height="400" fill="white"/><text x="60" y="20">test mIoU</text>')
     for i in range(round(20 * (high - low)) + 1):
         y = round(350 - 300 * i / 20 / (high - low))
@@ -437,9 +439,7 @@ def chart(records, name):
             x, y = 60 + 110 * xs.index(x), round(350 - 300 * (y - low) / (high - low))
             path.append(f"{x},{y}")
             svg.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
-        svg.append(
-            f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
+        svg.append(f'<polyline points="{" ".join(path)}" stroke="{colour}"/>')
     return "\n".join([*svg, "</svg>"])
 
 

@@ -10,9 +10,8 @@ learned to redraw masked photos. It gets a new head, and all of it is trained.
         z 64 x 16 x 16 -> ids 16 x 16 -> q 64 x 16 x 16
           encoder        nearest of 512      decoder
 
-YOU WILL LEARN  what is taken over, and what never -> take_over; losses by hand
--> bce_loss, dice_loss; all scores from one matrix of counts -> confusion. The
-quantiser is that of pretrain.py.
+YOU WILL LEARN  what is taken over, what never -> take_over; losses by hand ->
+bce_loss, dice_loss; all scores from one matrix of counts -> confusion
 
 RUN IT  python finetune.py --frac 0.5            after python pretrain.py
         python finetune.py --init none           without it
@@ -44,7 +43,7 @@ SCRIPT = "finetune.py"
 IGNORE = 255  # label of pixels that count neither in a loss nor in a score
 DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
 COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
-NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
+NET = [128, 32, 2, 2, 512]  # width, hidden width, residual blocks, halvings, codes: Sonnet's
 
 
 def parse_args(argv=None):
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--cats", nargs="+", default=[], help="of pets, only these cats, and all dogs")
     p.add_argument("--init", default="checkpoints/pretrain/best.pt", help="a RUN/best.pt, or none")
-    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
+    p.add_argument("--net", type=int, nargs=5, default=NET, help="width hidden blocks downs codes")
     p.add_argument("--epochs", type=int, default=10, help="passes over the training photos")
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
@@ -74,7 +73,7 @@ def parse_args(argv=None):
         args.net = load_checkpoint(args.init, "pretrain.py", SCRIPT)["args"]["net"]
     args.size = (args.size * 2)[:2]  # H, W; one number is both
     factor = 2 ** args.net[3]
-    if args.size[0] % factor or args.size[1] % factor:
+    if any(side % factor for side in args.size):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
@@ -111,11 +110,11 @@ class Quantiser(nn.Module):
 
     def forward(self, z):
         B, D, H, W = z.shape
+        if len(self.codes) == 0:  # an auto-encoder without a dictionary, to compare with
+            return z, z.new_zeros(()), z.new_zeros(B, H, W).long()
         with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
-            ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
-            squares = self.codes.square().sum(1)  # (K,)
-            ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
+            ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
@@ -147,7 +146,7 @@ class VQVAE(nn.Module):
     """x (B, 3, H, W) in [0, 1] -> output (B, channels, H, W), commitment (), ids (B, h, w), where
     h = H / 2^downs. Encoder and decoder are those of Sonnet's example."""
 
-    def __init__(self, channels, width=128, hidden=32, blocks=2, downs=2, K=512, D=64):
+    def __init__(self, channels, width, hidden, blocks, downs, K, D=64):
         super().__init__()
         widths = [width // 2**step for step in reversed(range(downs))]  # 64, 128
         encoder, a = [], 3

@@ -15,6 +15,7 @@ tell that a network fills in -> check; how a codebook learns -> Quantiser.learn
 RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
         python pretrain.py --resume --epochs 12  goes on, the rate rises again
         python pretrain.py --data catdog --download --size 128 --epochs 20
+        python pretrain.py --net 128 32 2 2 0    no codes, an auto-encoder
         python finetune.py --frac 0.5            stage 2
 
 WHAT TO EXPECT  Toy: hidden 0.51, fill 0.74 after a minute on two cores.
@@ -60,7 +61,7 @@ DISTORTIONS = {
     "jitter": v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1),
     "grey": v2.RandomGrayscale(0.2),
 }
-NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
+NET = [128, 32, 2, 2, 512]  # width, hidden width, residual blocks, halvings, codes: Sonnet's
 
 
 def parse_args(argv=None):
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="where pets and catdog lie")
     p.add_argument("--download", action="store_true", help="fetch what is missing of catdog")
     p.add_argument("--size", type=int, nargs="+", default=[64], metavar="PX", help="side, or H W")
-    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
+    p.add_argument("--net", type=int, nargs=5, default=NET, help="width hidden blocks downs codes")
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--mask", default="0.05-0.25", help="LO-HI, share of a photo's area to hide")
     p.add_argument("--patch", type=int, default=0, help="hide patches of this side, not a square")
@@ -89,7 +90,7 @@ def parse_args(argv=None):
         args = p.parse_args(argv)
     args.size = (args.size * 2)[:2]  # H, W; one number is both
     factor = 2 ** args.net[3]
-    if args.size[0] % factor or args.size[1] % factor:
+    if any(side % factor for side in args.size):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
@@ -129,11 +130,11 @@ class Quantiser(nn.Module):
 
     def forward(self, z):
         B, D, H, W = z.shape
+        if len(self.codes) == 0:  # an auto-encoder without a dictionary, to compare with
+            return z, z.new_zeros(()), z.new_zeros(B, H, W).long()
         with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
-            ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
-            squares = self.codes.square().sum(1)  # (K,)
-            ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
+            ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
@@ -165,7 +166,7 @@ class VQVAE(nn.Module):
     """x (B, 3, H, W) in [0, 1] -> output (B, channels, H, W), commitment (), ids (B, h, w), where
     h = H / 2^downs. Encoder and decoder are those of Sonnet's example."""
 
-    def __init__(self, channels, width=128, hidden=32, blocks=2, downs=2, K=512, D=64):
+    def __init__(self, channels, width, hidden, blocks, downs, K, D=64):
         super().__init__()
         widths = [width // 2**step for step in reversed(range(downs))]  # 64, 128
         encoder, a = [], 3
@@ -281,7 +282,7 @@ def check(model, images, masks, args):
         errors.append(hidden_error(mean_fill(x, hidden), x, hidden))
         errors = torch.stack(errors) / args.variance
         totals += torch.cat([errors, commitment[None]]).cpu() * len(x) / len(images)
-        use += torch.bincount(ids.flatten(), minlength=512)  # (K,)
+        use += torch.bincount(ids.flatten(), minlength=args.net[4])  # (K,)
     hidden, seen, fill, commitment = totals.tolist()
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
     ## one is. It is counted over all photos, as one batch uses fewer.

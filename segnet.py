@@ -71,7 +71,7 @@ def parse_args(argv=None):
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
     args.size = (args.size * 2)[:2]  # H, W; one number is both
-    if args.size[0] % 32 or args.size[1] % 32:
+    if any(side % 32 for side in args.size):
         p.error(f"--size {args.size}: the sides are halved five times, take multiples of 32")
     if not 0 <= args.pretrain < args.epochs:
         p.error(f"--pretrain {args.pretrain}: of {args.epochs} epochs one at least has to segment")

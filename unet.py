@@ -68,7 +68,7 @@ def parse_args(argv=None):
         p.set_defaults(**(last["args"] | {"out": args.out, "device": args.device}))
         args = p.parse_args(argv)
     args.size = (args.size * 2)[:2]  # H, W; one number is both
-    if args.size[0] % 16 or args.size[1] % 16:
+    if any(side % 16 for side in args.size):
         p.error(f"--size {args.size}: the sides are halved four times, take multiples of 16")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")

@@ -18,7 +18,7 @@ perplexity -> measure
 RUN IT  python vqvae.py                          drawn cats and dogs
         python vqvae.py --resume --epochs 12     goes on, the rate rises again
         python vqvae.py --data pets --epochs 12
-        python vqvae.py --net 256 256 4 2        a larger network
+        python vqvae.py --net 256 256 4 2 512    a larger network
 
 WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after a minute on two cores.
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
@@ -51,7 +51,7 @@ SCRIPT = "vqvae.py"
 MASKS = {"masks", "labels", "annotations", "trimaps", "SegmentationClass", "SegmentationObject"}
 DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
 COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
-NET = [128, 32, 2, 2]  # width, hidden width, residual blocks, halvings: Sonnet's
+NET = [128, 32, 2, 2, 512]  # width, hidden width, residual blocks, halvings, codes: Sonnet's
 
 
 def parse_args(argv=None):
@@ -60,8 +60,7 @@ def parse_args(argv=None):
     p.add_argument("--data", default="toy", help="toy, pets, or a folder of images")
     p.add_argument("--root", default="data", help="where pets lie or are downloaded to")
     p.add_argument("--size", type=int, nargs="+", default=[64], metavar="PX", help="side, or H W")
-    p.add_argument("--net", type=int, nargs=4, default=NET, help="width, hidden, blocks, halvings")
-    p.add_argument("--codes", type=int, default=512, help="entries of the codebook (K)")
+    p.add_argument("--net", type=int, nargs=5, default=NET, help="width hidden blocks downs codes")
     p.add_argument("--epochs", type=int, default=2, help="passes over the training photos")
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
@@ -76,7 +75,7 @@ def parse_args(argv=None):
         args = p.parse_args(argv)
     args.size = (args.size * 2)[:2]  # H, W; one number is both
     factor = 2 ** args.net[3]
-    if args.size[0] % factor or args.size[1] % factor:
+    if any(side % factor for side in args.size):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
     args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
@@ -111,11 +110,11 @@ class Quantiser(nn.Module):
 
     def forward(self, z):
         B, D, H, W = z.shape
+        if len(self.codes) == 0:  # an auto-encoder without a dictionary, to compare with
+            return z, z.new_zeros(()), z.new_zeros(B, H, W).long()
         with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
-            ## |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code e.
-            squares = self.codes.square().sum(1)  # (K,)
-            ids = torch.addmm(squares, vectors, self.codes.T, alpha=-2).argmin(1)  # (N,)
+            ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
             q = self.codes[ids]  # (N, D)
             commitment = (vectors - q).square().mean()  # the encoder stays near the codes
             ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
@@ -147,7 +146,7 @@ class VQVAE(nn.Module):
     """x (B, 3, H, W) in [0, 1] -> output (B, channels, H, W), commitment (), ids (B, h, w), where
     h = H / 2^downs. Encoder and decoder are those of Sonnet's example."""
 
-    def __init__(self, channels, width=128, hidden=32, blocks=2, downs=2, K=512, D=64):
+    def __init__(self, channels, width, hidden, blocks, downs, K, D=64):
         super().__init__()
         widths = [width // 2**step for step in reversed(range(downs))]  # 64, 128
         encoder, a = [], 3
@@ -221,7 +220,7 @@ def measure(model, images, args):
         output, commitment, ids = model(x)
         error += F.mse_loss(output, x).item() * len(x) / len(images)
         commitments += commitment.item() * len(x) / len(images)
-        use += torch.bincount(ids.flatten(), minlength=args.codes)  # (K,)
+        use += torch.bincount(ids.flatten(), minlength=args.net[4])  # (K,)
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
     ## one is. It is counted over all photos, as one batch uses fewer.
     share = use / use.sum()
@@ -386,12 +385,12 @@ def main(argv=None):
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
-    model = VQVAE(3, *args.net, args.codes)
+    model = VQVAE(3, *args.net)
     model.to(args.device, memory_format=torch.channels_last)  # faster
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
     args.checksum = args.parameters + photos.sum().item() + val.sum().item()
-    bits = math.log2(args.codes) / (3 * 8 * 4 ** args.net[3])  # of a cell, of its pixels
+    bits = math.log2(max(1, args.net[4])) / (3 * 8 * 4 ** args.net[3])  # of a cell, of its pixels
     print(f"model    VQ-VAE, {args.parameters / 1e6:.2f} M parameters, {bits:.1%} of the bits")
     history = []
     if args.resume:

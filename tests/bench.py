@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-NET = [128, 32, 2, 2]  # the small VQ-VAE
+NET = [128, 32, 2, 2, 512]  # the small VQ-VAE
 ROWS, ARGS = [], Namespace()  # what was printed, for --json; what was typed
 
 

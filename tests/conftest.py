@@ -35,9 +35,9 @@ SMALL = {
 
 # What network() makes: the class and its sizes, two classes for those that segment.
 NETWORKS = {
-    "vqvae": ("VQVAE", [3, 8, 4, 1, 2]),
-    "pretrain": ("VQVAE", [3, 8, 4, 1, 2]),
-    "finetune": ("Segmenter", [2, 8, 4, 1, 2]),
+    "vqvae": ("VQVAE", [3, 8, 4, 1, 2, 512]),
+    "pretrain": ("VQVAE", [3, 8, 4, 1, 2, 512]),
+    "finetune": ("Segmenter", [2, 8, 4, 1, 2, 512]),
     "linknet": ("LinkNet", [2]),
     "segnet": ("SegNet", [2, 2]),
     "unet": ("UNet", [2, 2]),

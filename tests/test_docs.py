@@ -34,7 +34,7 @@ def test_there_are_commands_in_every_docstring():
 def test_a_command_is_accepted(file, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("checkpoints/pretrain").mkdir(parents=True)  # which finetune.py reads its widths from
-    state = {"script": "pretrain.py", "args": {"net": [128, 32, 2, 2]}, "model": {}}
+    state = {"script": "pretrain.py", "args": {"net": [128, 32, 2, 2, 512]}, "model": {}}
     torch.save(state, "checkpoints/pretrain/best.pt")
     script, *argv = shlex.split(command)
     argv = [word for word in argv if word != "--resume"]  # which reads the run that is there

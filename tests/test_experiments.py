@@ -37,7 +37,7 @@ def test_every_command_is_accepted(name, data, here, monkeypatch):
         Path("data", folder).mkdir(parents=True)
     args, arms = planned(name, "--data", data)
     assert len(arms) >= 2 or (name, data) == ("imbalance", "toy")  # drawn pets have no breeds
-    state = {"args": {"net": [32, 8, 1, 2]}}
+    state = {"args": {"net": [32, 8, 1, 2, 512]}}
     monkeypatch.setattr(load("finetune"), "load_checkpoint", lambda *_: state)
     for arm in arms.values():
         words = e.training_of(args, arm, 1)

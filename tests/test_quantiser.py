@@ -175,9 +175,15 @@ def size_of(module):
 
 
 def test_sizes_of_the_paper():
-    net = m.VQVAE(3, 128, 32, 2, 2)
+    net = m.VQVAE(3, 128, 32, 2, 2, 512)
     assert size_of(net) == 662_723 and size_of(net.encoder) == 372_416
     assert tuple(net.quantiser.codes.shape) == (512, 64)
+
+
+def test_without_codes_the_vectors_go_on_as_they_are():
+    q, z = m.Quantiser(0, 3), draw()
+    out, commitment, ids = q(z)
+    assert out is z and commitment == 0 and tuple(ids.shape) == (2, 4, 5)
 
 
 @pytest.mark.parametrize("downs", [1, 2, 3, 4])
@@ -193,7 +199,7 @@ def test_names_are_the_same_in_every_stage():
     """The names and shapes of the tensors are the contract between the stages."""
     shapes = []
     for name in CODED:
-        state = load(name).VQVAE(3, 128, 32, 2, 2).state_dict()
+        state = load(name).VQVAE(3, 128, 32, 2, 2, 512).state_dict()
         shapes.append({key: tuple(tensor.shape) for key, tensor in state.items()})
     assert shapes[0] == shapes[1] == shapes[2]
     parts = {key.split(".")[0] for key in shapes[0]}

@@ -135,14 +135,14 @@ def test_another_validation_photo_is_refused(tmp_path, refuse):
 def test_the_start_of_a_run_may_be_gone(typed):
     """Whatever became of --init meanwhile: the sizes and the weights are in last.pt."""
     load("pretrain").main(
-        typed("pretrain", "--net", "32", "8", "1", "3", "--epochs", "1", "--out", "pre")
+        typed("pretrain", "--net", "32", "8", "1", "3", "512", "--epochs", "1", "--out", "pre")
     )
     load("finetune").main(
         typed("finetune", "--init", "pre/best.pt", "--epochs", "1", "--out", "run")
     )
     shutil.rmtree("pre")
     load("finetune").main(["--resume", "--out", "run", "--epochs", "2"])
-    assert checkpoint("run/last.pt")["args"]["net"] == [32, 8, 1, 3] and len(rows("run")) == 2
+    assert checkpoint("run/last.pt")["args"]["net"] == [32, 8, 1, 3, 512] and len(rows("run")) == 2
 
 
 def test_a_moved_run_resumes(typed):

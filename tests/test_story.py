@@ -19,7 +19,7 @@ FEW = ["--frac", "0.05", "--epochs", "1"]
 def chain(tmp_path_factory):
     """The folder after the chain, and what evaluate.py printed."""
     cwd, steps = tmp_path_factory.mktemp("chain"), ["--size", "32", "--batch-size", "8"]
-    flags = ["--frac", "0.2", "--epochs", "4", "--net", "64", "16", "1", "2"]
+    flags = ["--frac", "0.2", "--epochs", "4", "--net", "64", "16", "1", "2", "512"]
     run("pretrain", "--mask", "0.05-0.25", *flags, *steps, cwd=cwd)
     run("finetune", "--frac", "0.4", "--epochs", "8", "--lr", "2e-3", *steps, cwd=cwd)
     return cwd, run("evaluate", "--json", "scores.json", cwd=cwd)
@@ -84,7 +84,7 @@ def test_the_best_epoch_is_kept(name, key, choose, inside):
     best = choose(rows(folder), key=lambda row: row[f"val_{key}"])
     result = json.loads((folder / "result.json").read_text())
     assert result["metrics"] == best == checkpoint(folder / "best.pt")["metrics"]
-    assert result["args"]["size"] == [32, 32] and result["args"]["net"] == [64, 16, 1, 2]
+    assert result["args"]["size"] == [32, 32] and result["args"]["net"] == [64, 16, 1, 2, 512]
     assert result["script"] == f"{name}.py" and result["torch"] == torch.__version__
 
 
@@ -129,7 +129,7 @@ def test_blur_costs_accuracy(inside, tmp_path):
 
 def test_the_head_is_never_taken_over(inside, capsys):
     m, path = load("finetune"), "checkpoints/pretrain/best.pt"
-    net, state = m.Segmenter(3, 64, 16, 1, 2), checkpoint(path)["model"]
+    net, state = m.Segmenter(3, 64, 16, 1, 2, 512), checkpoint(path)["model"]
     head = net.head.weight.clone()
     m.take_over(net, path)
     assert net.state_dict().keys() == state.keys()
@@ -181,7 +181,7 @@ def test_a_segmenter(name, here, monkeypatch):
 
 
 def test_vqvae(flat, here):
-    data = ["--data", str(flat), "--codes", "64", "--epochs", "8", "--batch-size", "4"]
+    data = ["--data", str(flat), "--net", "128", "32", "2", "2", "64", "--epochs", "8", "--batch-size", "4"]
     load("vqvae").main([*SMALL["vqvae"], *data])
     assert names_in("checkpoints/vqvae") == FILES | {"samples.png"}
     log = rows("checkpoints/vqvae")
@@ -193,7 +193,8 @@ def test_vqvae(flat, here):
     [
         ["--distort", "rotate", "jitter", "grey", "--mask", "0.0025-0.0625"],
         ["--patch", "5", "--mask", "0.5-0.75", "--size", "32", "48"],
-        ["--net", "32", "8", "1", "3"],
+        ["--net", "32", "8", "1", "3", "64"],
+        ["--net", "32", "8", "1", "2", "0"],
     ],
 )
 def test_pretraining_with_flags_and_finetuning_from_it(flags, flat, here):
