@@ -11,7 +11,6 @@ what earlier projects published, under its true definition -> PUBLISHED
 
 RUN IT  python experiments.py quick              four of them, on drawn pets
         python experiments.py labels steps --data pets --jobs 2
-        python experiments.py labels --data pets --dry-run
         python experiments.py --table checkpoints/experiments/results.json
 
 WHAT TO EXPECT  `quick` takes a few minutes on two cores. A run that breaks is
@@ -29,7 +28,6 @@ import time
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +54,7 @@ def parse_args(argv=None):
     names = f"{', '.join(EXPERIMENTS)}; or all; or quick: {', '.join(QUICK)} on drawn pets"
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help=names)
-    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="of the first eight")
+    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="not of the last three")
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, default=3, help="runs of each arm; quick: 1")
@@ -80,9 +78,10 @@ def parse_args(argv=None):
 
 
 # --- plan ----------------------------------------------------------------------------------------
-## Two arms of a comparison differ in one thing. They get the same number of optimiser steps,
-## whatever the number of labels, the same seeds, and the same learning rate. An arm is a line of a
-## table: its label, the command of its training, and that of the pre-training that it starts from.
+## Two arms of a comparison differ in one thing. They get about the same number of optimiser steps,
+## whatever the number of labels, the same seeds, and the same learning rate. (The networks of
+## `models` differ in everything, and stand side by side.) An arm is a line of a table: its label,
+## the command of its training, and that of the pre-training that it starts from.
 
 FRACS = {"toy": [1.0, 0.1], "pets": [1.0, 0.5, 0.25, 0.1]}
 PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3329)}  # to train on, without labels and with them
@@ -98,32 +97,31 @@ def pretraining(args, frac=1.0, flags=""):
     return f"pretrain --frac {frac} --epochs {round(args.pretrain_epochs / frac)} {flags}"
 
 
-def tuned(args, label, pre, frac=1.0, more=0.0):
+def tuned(label, pre, frac, epochs, flags=""):
     """Fine-tuning, from scratch if pre is None. Fewer labels, so many more epochs."""
-    epochs = round((args.epochs + more) / frac)
-    return {"label": label, "command": f"finetune --frac {frac} --epochs {epochs}", "pre": pre}
+    command = f"finetune --frac {frac} --epochs {round(epochs / frac)} {flags}"
+    return {"label": label, "command": command, "pre": pre}
 
 
 def pair(args, x, frac, epochs, kind="", flags=""):
     """Two arms, pre-trained and from scratch; x is what a chart has across."""
-    command = f"finetune --frac {frac} --epochs {round(epochs)} {flags}"
     pre = pretraining(args, flags=flags)
     return [
-        {"label": f"{kind}pre-trained, {x}", "command": command, "pre": pre},
-        {"label": f"{kind}scratch, {x}", "command": command, "pre": None},
+        tuned(f"{kind}pre-trained, {x}", pre, frac, epochs, flags),
+        tuned(f"{kind}scratch, {x}", None, frac, epochs, flags),
     ]
 
 
 def longer(args, label):
     """Scratch with as many steps as both stages: is it the photos that help, or the time?"""
     unlabelled, labelled = PHOTOS[args.data]
-    return tuned(args, label, None, more=args.pretrain_epochs * unlabelled / labelled)
+    return tuned(label, None, 1.0, args.epochs + args.pretrain_epochs * unlabelled / labelled)
 
 
 def plan_models(args, networks):
     """The VQ-VAE beside other networks, none of them with weights from elsewhere."""
-    arms = [tuned(args, "VQ-VAE, pre-trained", pretraining(args))]
-    arms.append(tuned(args, "VQ-VAE, scratch", None))
+    arms = [tuned("VQ-VAE, pre-trained", pretraining(args), 1.0, args.epochs)]
+    arms.append(tuned("VQ-VAE, scratch", None, 1.0, args.epochs))
     for label, command in networks.items():
         arms.append({"label": label, "command": f"{command} --epochs {args.epochs}", "pre": None})
     return arms
@@ -134,25 +132,26 @@ def plan(args, name):
     pre, arms = pretraining(args), []
     if name == "labels":  # what is pre-training worth, by the share of the labels?
         for frac in FRACS[args.data]:
-            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs / frac)
+            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs)
         arms.append(longer(args, "scratch, as long, 100 %"))
     elif name == "steps":  # how long does its lead last, with codes and without?
+        steps = math.ceil(0.1 * PHOTOS[args.data][1] / 16)  # an epoch: a tenth, in batches of 16
         for epochs in [5, 10, 30, 120]:
-            x = f"{epochs * math.ceil(PHOTOS[args.data][1] / 160)} steps"  # a tenth, by 16
-            arms += pair(args, x, 0.1, epochs)
-            arms += pair(args, x, 0.1, epochs, "no codes, ", NO_CODES)
+            x = f"{epochs * steps} steps"
+            arms += pair(args, x, 0.1, epochs * 0.1)
+            arms += pair(args, x, 0.1, epochs * 0.1, "no codes, ", NO_CODES)
     elif name == "codebook":  # what do the codes cost?
         for frac in [1.0, 0.25]:
-            x = f"{100 * frac:g} %"
-            arms += pair(args, x, frac, args.epochs / frac, "codes, ")
-            arms += pair(args, x, frac, args.epochs / frac, "no codes, ", NO_CODES)
+            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs, "codes, ")
+            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs, "no codes, ", NO_CODES)
     elif name == "pretraining":  # do more unlabelled photos help?
-        arms = [tuned(args, "all", pre), tuned(args, "half", pretraining(args, 0.5))]
-        arms += [tuned(args, "none", None), longer(args, "none, as long")]
+        arms = [tuned("all", pre, 1.0, args.epochs)]
+        arms.append(tuned("half", pretraining(args, 0.5), 1.0, args.epochs))
+        arms += [tuned("none", None, 1.0, args.epochs), longer(args, "none, as long")]
     elif name == "masks":  # which mask, with a tenth of the labels?
-        arms = [tuned(args, "no pre-training", None, 0.1)]
+        arms = [tuned("no pre-training", None, 0.1, args.epochs)]
         for label, flags in MASK_FLAGS.items():
-            arms.append(tuned(args, label, pretraining(args, flags=flags), 0.1))
+            arms.append(tuned(label, pretraining(args, flags=flags), 0.1, args.epochs))
     elif name == "models":
         arms = plan_models(args, NETWORKS | VARIANTS)
     elif name == "blur":  # who still sees something in blurred photos?
@@ -160,10 +159,10 @@ def plan(args, name):
     elif name == "imbalance" and args.data == "toy":
         print("skipped  imbalance: drawn pets have no breeds; try --data pets")
     elif name == "imbalance":  # 0.7617 of the photos show a dog or a cat of the three breeds
-        control = tuned(args, "same number, all breeds", pre, 0.7617)
-        few = control | {"label": "three cat breeds"}
-        few["command"] = few["command"].replace("--frac 0.7617", THREE_CATS)
-        arms = [tuned(args, "all photos", pre), control, few]
+        control = tuned("same number, all breeds", pre, 0.7617, args.epochs)
+        few = control["command"].replace("--frac 0.7617", THREE_CATS)
+        arms = [tuned("all photos", pre, 1.0, args.epochs), control]
+        arms.append({"label": "three cat breeds", "command": few, "pre": pre})
     elif not Path(args.root, name).is_dir():
         print(f"skipped  {args.root}/{name} is not there (images/, masks/ in train/ and test/)")
     else:
@@ -182,11 +181,11 @@ def words_of(args, command, seed, init="none"):
     """The words of a child's command. The last is its folder, named by a hash of the others: a run
     is found again if all of its flags are the same (an edited script is not noticed)."""
     script, *words = shlex.split(command)
-    usual = {"--data": args.data, "--size": str(args.size), "--init": init}
+    usual = {"--data": args.data, "--size": str(args.size)}
     if script == "pretrain" and args.data == "pets":
         usual["--data"] = "catdog"
-    if script != "finetune":
-        del usual["--init"]
+    if script == "finetune":  # the folder of its pre-training, and so all flags of that
+        usual["--init"] = init
     for flag, value in usual.items():
         if flag not in words:
             words += [flag, value]
@@ -230,7 +229,7 @@ def run_all(args, commands):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     threads = str(max(1, os.cpu_count() // args.jobs))  # or each of them would take all cores
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run_child, todo.values(), repeat(threads)))
+        list(pool.map(run_child, todo.values(), [threads] * len(todo)))  # list() waits, and raises
 
 
 def evaluate(args, folders, blur):
@@ -269,8 +268,7 @@ def collect(args, name, arms):
             for key, score in tested[folder]["scores"]["classes"].get("foreground", {}).items():
                 record[f"D5_{key}"] = score
             record |= {key: tested[folder][key] for key in TESTED}
-            for key in ["val_miou", "seconds"]:
-                record[key] = result["metrics"][key]
+            record["val_miou"] = result["metrics"]["val_miou"]
             records.append(record)
     return records
 
@@ -301,16 +299,16 @@ PUBLISHED = {
 NOTES = {
     "steps": "A tenth of the labels.",
     "imbalance": "The control has as many photos, of all breeds.",
-    "puzzle": "Four test photos: differences of half a point mean nothing.",
+    "puzzle": "With four test photos, differences of half a point mean nothing.",
 }
 USUAL = ["val_miou", "miou", "accuracy"]
 COLUMNS = {
     "imbalance": ["miou", "cat_miou", "dog_miou"],
     "blur": ["miou", "accuracy"],
-    "models": [*USUAL, "dice", "parameters", "multiply_adds", "seconds"],
+    "models": [*USUAL, "dice", "parameters", "multiply_adds"],
     "puzzle": [*USUAL, "D5_iou"],
 }
-TITLES = {"miou": "test mIoU", "val_miou": "validation mIoU", "seconds": "seconds an epoch"}
+TITLES = {"miou": "test mIoU", "val_miou": "validation mIoU"}
 INTERVAL = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24}  # t / sqrt(n), by the number of seeds
 CONTROLS = {  # what the other arms are compared with
     "pretraining": ["none", "none, as long"],
@@ -383,7 +381,7 @@ def markdown(records, name):
     seeds = sorted({len(group) for group in groups.values()})
     size = "x".join(str(side) for side in first["size"])
     text = f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, "
-    text += f"torch {first['torch']}, seeds: {' or '.join(map(str, seeds))}. {NOTES.get(name, '')}"
+    text += f"torch {first['torch']}, {' or '.join(map(str, seeds))} seeds. {NOTES.get(name, '')}"
     lines = [f"### {name}", "", text.strip(), ""]
     columns = COLUMNS.get(name, USUAL)
     titles = [TITLES.get(column, column.replace("_", " ")) for column in columns]
@@ -403,11 +401,11 @@ def published(records):
     lines = ["### published", "", "| | definition | theirs | ours |", "|---|---|---|---|"]
     for (name, arm), theirs in PUBLISHED.items():
         group = grouped(records, name).get(arm)
+        if not group or group[0]["data"] == "toy":
+            continue
         for key, value in theirs.items():
-            if group and group[0]["data"] != "toy":
-                ours = cell([record[key] for record in group.values()])
-                what = key.replace("_", " ")
-                lines.append(f"| {name}: {arm} | {what} | {value:.3f} | {ours} |")
+            ours = cell([record[key] for record in group.values()])
+            lines.append(f"| {name}: {arm} | {key.replace('_', ' ')} | {value:.3f} | {ours} |")
     return "\n".join(lines) + "\n"
 
 
@@ -419,7 +417,7 @@ def chart(records, name):
         mean, _ = spread([record["miou"] for record in group.values()])
         lines.setdefault(line, {})[x] = mean
     xs = {x for line in lines.values() for x in line}
-    xs = sorted(xs, key=lambda x: float(x.split()[0]))  # side by side, whatever lies between them
+    xs = sorted(xs, key=lambda x: float(x.split()[0]))  # evenly spaced, whatever they are
     ys = [y for line in lines.values() for y in line.values()]
     low, high = math.floor(20 * min(ys)) / 20, math.ceil(20 * max(ys)) / 20  # of the axis
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="14">']
@@ -435,8 +433,9 @@ def chart(records, name):
         colour = ["black", "red", "blue", "green", "orange", "purple"][i % 6]
         svg.append(f'<text x="560" y="{60 + 24 * i}" fill="{colour}">{line}</text>')
         path = []
-        for x, y in points.items():
-            x, y = 60 + 110 * xs.index(x), round(350 - 300 * (y - low) / (high - low))
+        for label, mean in points.items():
+            x = 60 + 110 * xs.index(label)
+            y = round(350 - 300 * (mean - low) / (high - low))
             path.append(f"{x},{y}")
             svg.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
         svg.append(f'<polyline points="{" ".join(path)}" stroke="{colour}"/>')
@@ -457,9 +456,10 @@ def save(path, write):
 def show(records, folder):
     """All tables as text; the charts go into the folder."""
     names = list(dict.fromkeys(record["experiment"] for record in records))
-    for name in set(names) & set(CHARTS):
-        drawn = chart(records, name)
-        save(folder / f"{name}.svg", lambda file: file.write_text(drawn))
+    for name in CHARTS:
+        if name in names:
+            drawn = chart(records, name)
+            save(folder / f"{name}.svg", lambda file: file.write_text(drawn))
     return "\n".join([markdown(records, name) for name in names] + [published(records)])
 
 
@@ -479,7 +479,7 @@ def main(argv=None):
     if args.dry_run:
         return
 
-    ## 2. The test photos, once, when everything is trained.
+    ## 2. The test photos, last, when everything is trained.
     records = []
     for name, arms in plans.items():
         records += collect(args, name, arms)

@@ -116,9 +116,9 @@ class Quantiser(nn.Module):
             vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
             ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
             q = self.codes[ids]  # (N, D)
-            commitment = (vectors - q).square().mean()  # the encoder stays near the codes
-            ## A lookup has no gradient, so the decoder's goes straight to the vectors (q is near):
-            ## forward the sum is q, backward the bracket is a constant, as if vectors stood alone.
+            commitment = (vectors - q).square().mean()  # pulls the encoder; codes is a buffer
+            ## A lookup has no gradient, so that of the decoder goes straight to the vectors, as if
+            ## they were q: forward the sum is q, backward the bracket is a constant.
             q = vectors + (q - vectors).detach()
             if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
                 self.learn(vectors, ids)
@@ -131,14 +131,15 @@ class Quantiser(nn.Module):
         new_shares = torch.bincount(ids, minlength=K) / len(ids)  # (K,), of this step
         new_sums = torch.zeros_like(self.codes).index_add_(0, ids, vectors) / len(ids)  # (K, D)
         shares = DECAY * self.shares + (1 - DECAY) * new_shares
-        old_sums = self.codes * self.shares[:, None]
+        old_sums = self.codes * self.shares[:, None]  # a code is its sum / its share
         sums = DECAY * old_sums + (1 - DECAY) * new_sums
-        codes = sums / shares[:, None]  # at first all are 0, so the first is nearest; others 0 / 0
+        codes = sums / shares[:, None]
         ## A code that is nearest to no vector would never move again: so codebooks collapse. One
-        ## that is hardly used becomes a random vector; in the first step nearly all do.
+        ## that is hardly used becomes a random vector. In the first step all codes are 0: one of
+        ## them is nearest to all vectors, the others become 0 / 0, are dead, and start from data.
         dead = shares < 0.1 / K  # tuned
-        random = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
-        self.codes.copy_(torch.where(dead[:, None], random, codes))
+        picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
+        self.codes.copy_(torch.where(dead[:, None], picked, codes))
         self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
 
 
@@ -148,9 +149,9 @@ class VQVAE(nn.Module):
 
     def __init__(self, channels, width, hidden, blocks, downs, K, D=64):
         super().__init__()
-        widths = [width // 2**step for step in reversed(range(downs))]  # 64, 128
+        widths = [width // 2**step for step in range(downs)]  # 128, 64
         encoder, a = [], 3
-        for b in widths:
+        for b in reversed(widths):
             encoder += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]  # halves H and W
             a = b
         encoder.append(nn.Conv2d(width, width, 3, padding=1))
@@ -159,7 +160,7 @@ class VQVAE(nn.Module):
         self.quantiser = Quantiser(K, D)
         decoder = [nn.Conv2d(D, width, 3, padding=1)]
         decoder += [Residual(width, hidden) for _ in range(blocks)]
-        for b in reversed(widths[:-1]):
+        for b in widths[1:]:
             decoder += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]  # doubles
             a = b
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
