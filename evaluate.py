@@ -124,7 +124,7 @@ def inspect_program(path):
                 json.loads(members[name], object_pairs_hook=check_pairs)
     torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)  # or raises
     meta = json.loads(members["extra/meta.json"])
-    meta = {"data": "", "root": "data", "script": None} | meta.get("args", {}) | meta
+    meta = {"data": "", "root": "data"} | meta.get("args", {}) | meta
     for key, pattern in META.items():
         if not re.fullmatch(pattern, json.dumps(meta[key], ensure_ascii=False)):
             raise ValueError(f"its meta.json says {key} {meta[key]!r:.99}")
@@ -163,7 +163,7 @@ def open_program(path, device):
     except FileNotFoundError:
         sys.exit(f"{path}: no such file: run python finetune.py, or end a stopped run by --resume")
     except Exception as error:  # whatever a foreign file can provoke
-        message = str(error).split("\n")[0].split(". ")[0]
+        message = re.split(r"\n|\. ", str(error))[0]  # the first sentence
         sys.exit(f"{path}: refused: {type(error).__name__}: {message:.300}")
     meta["parameters"] = sum(weight.numel() for weight in program.parameters())
     meta["multiply_adds"] = counter.get_total_flops() // 2  # of one photo
@@ -237,28 +237,28 @@ def published_scores(counts, soft, classes):
     """The definitions behind the numbers of five earlier projects, on this network's answers. Most
     of them are called Dice or IoU there. D1, D2 and D6 take sigmoids of the logits, so they mean
     nothing for a network that was trained with a softmax."""
-    first, result = first_of(len(classes)), {}
+    first = first_of(len(classes))
+    counts, soft, result = counts.double(), soft.double(), {}
 
     def pooled(sums, size):  # batches of photos counted together
-        return torch.stack([part.sum(0) for part in sums.double().split(size)])
+        return torch.stack([part.sum(0) for part in sums.split(size)])
 
     # D1: soft, of each photo, its classes counted together (of outputs 0 or 1 and three classes:
     # the accuracy). D2: a second sigmoid on top, so P is 0.5 to 0.73, and low even if all is right.
     # D6: soft, batches of 4 photos and their classes counted together; published as a loss, 1 - D6.
-    pools = {"D1": soft[:, 0].double(), "D2": soft[:, 1].double(), "D6": pooled(soft[:, 0], 4)}
+    pools = {"D1": soft[:, 0], "D2": soft[:, 1], "D6": pooled(soft[:, 0], 4)}
     for key, sums in pools.items():
         i, s = sums.T  # |P and T|, |P| + |T|
         result[f"{key}_dice"] = ((2 * i + 1e-6) / (s + 1e-6)).mean().item()
         result[f"{key}_iou"] = ((i + 1e-6) / (s - i + 1e-6)).mean().item()
-    both = counts.diagonal(dim1=1, dim2=2)[:, first:].double()  # (N, C)
-    total = (counts.sum(1) + counts.sum(2))[:, first:]
+    right = counts.diagonal(dim1=1, dim2=2)  # (N, C)
+    both, total = right[:, first:], (counts.sum(1) + counts.sum(2))[:, first:]
     # D3: hard, mean over classes, batches of 32 photos counted together.
     i, s = pooled(both, 32), pooled(total, 32)
     result["D3_dice"] = (2 * i / s).nanmean(1).nanmean().nan_to_num(1).item()
     result["D3_iou"] = ((i + 1e-6) / (s - i + 1e-6)).mean().item()
     # D4: accuracy of each photo, mean over photos.
-    right = counts.diagonal(dim1=1, dim2=2).sum(1).double()
-    result["D4_accuracy"] = (right / counts.sum((1, 2))).nanmean().item()
+    result["D4_accuracy"] = (right.sum(1) / counts.sum((1, 2))).nanmean().item()
     # D5: hard, all photos counted together, only the class that is looked for: "iou of ..." above.
     # D7: hard, of each photo the mean over the classes that are in it, mean over batches of 8.
     there = counts.sum(2)[:, first:] > 0
@@ -275,7 +275,7 @@ def run_program(segment, images, masks, args):
     for x, y in zip(images.split(args.batch_size), masks.split(args.batch_size)):
         x, y = x.to(args.device) / 255, y.to(args.device)
         logits = segment(x)
-        counts += [confusion(logits[i : i + 1], y[i : i + 1]) for i in range(len(y))]
+        counts += map(confusion, logits.split(1), y.split(1))  # of each photo
         soft.append(soft_sums(logits, y))
     return torch.stack(counts).cpu(), torch.cat(soft).cpu()
 
@@ -331,8 +331,8 @@ def list_photos(args):
             sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
             names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
-            masks = [base / f"annotations/trimaps/{name}.png" for name in names]
-            parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
+            photos, masks = base / "images", base / "annotations/trimaps"
+            parts[part] = [(photos / f"{name}.jpg", masks / f"{name}.png") for name in names]
     else:
         for folder in ["train", "val", "valid", "test"]:
             if Path(args.data, folder, "images").exists():
@@ -413,8 +413,8 @@ COLOURS[255] = 0  # of two classes the background: there the colours are rolled 
 
 
 def draw_overlay(path, images, masks, answers, first):
-    """A row for each photo: the photo, the truth over it, the answer over it. What is looked for is
-    orange."""
+    """A row for each photo: the photo, the truth over it, the answer over it. Pets and foreground
+    are orange."""
     photos, colours = images.movedim(1, 3), COLOURS.roll(first, 0)  # (N, H, W, 3)
     truth = photos // 2 + colours[masks.long()] // 2
     answer = photos // 2 + colours[answers] // 2
@@ -511,17 +511,17 @@ def main(argv=None):
             answers[f"all {name}"][:, :, label] = counts.sum(2)
         cats = find_cats(data, args.split, len(images))
         scores = {}
-        for name, counts in answers.items():
-            scores[name] = class_scores(counts, classes)
+        for name, matrices in answers.items():
+            scores[name] = class_scores(matrices, classes)
             if classes == PETS:
-                scores[name] |= pet_scores(counts, cats)
+                scores[name] |= pet_scores(matrices, cats)
             if args.as_published:
-                scores[name] |= published_scores(counts, soft, classes)
-            soft = soft * torch.nan  # there are no logits behind the other answers
+                scores[name] |= published_scores(matrices, soft, classes)
+            soft = soft * torch.nan  # behind the constant answers, which come next, are no logits
         print(f"\n{meta['data']}, {args.split}: {len(images)} photos, {meta['size']} pixels")
         print_table(scores)
-        record = {"run": str(run), "data": meta["data"], "photos": len(images)}
-        records.append(meta | vars(args) | record | {"scores": scores[str(run)]})
+        record = {"run": str(run), "photos": len(images), "scores": scores[str(run)]}
+        records.append(meta | vars(args) | record | {"data": data.data, "root": data.root})
 
         ## 4. A picture beside the program.
         some = slice(0, None, len(images) // 6 + 1)

@@ -345,8 +345,8 @@ def list_photos(args):
             sys.exit(f"{error}: unpack www.robots.ox.ac.uk/~vgg/data/pets in {base} by hand")
         for part, file in [("train", "trainval.txt"), ("test", "test.txt")]:
             names = (base / "annotations" / file).read_text().split()[::4]  # the 1st of 4 words
-            masks = [base / f"annotations/trimaps/{name}.png" for name in names]
-            parts[part] = [(base / f"images/{mask.stem}.jpg", mask) for mask in masks]
+            photos, masks = base / "images", base / "annotations/trimaps"
+            parts[part] = [(photos / f"{name}.jpg", masks / f"{name}.png") for name in names]
     else:
         for folder in ["train", "val", "valid", "test"]:
             if Path(args.data, folder, "images").exists():

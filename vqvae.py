@@ -37,6 +37,7 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,22 +107,22 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors: moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
 
     def forward(self, z):
         B, D, H, W = z.shape
         if len(self.codes) == 0:  # an auto-encoder without a dictionary, to compare with
             return z, z.new_zeros(()), z.new_zeros(B, H, W).long()
-        with torch.autocast(z.device.type, enabled=False):  # bf16 mixes up codes that are close
-            vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W
-            ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
-            q = self.codes[ids]  # (N, D)
-            commitment = (vectors - q).square().mean()  # pulls the encoder; codes is a buffer
-            ## A lookup has no gradient, so that of the decoder goes straight to the vectors, as if
-            ## they were q: forward the sum is q, backward the bracket is a constant.
-            q = vectors + (q - vectors).detach()
-            if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
-                self.learn(vectors, ids)
+        vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W; bf16 is too coarse
+        ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
+        q = self.codes[ids]  # (N, D)
+        ## No gradient reaches the codes, which are no parameters. This one pulls the encoder there:
+        commitment = (vectors - q).square().mean()
+        ## A lookup has no gradient, so that of the decoder goes straight to the vectors, as if they
+        ## were q: forward the sum is q, backward the bracket is a constant.
+        q = vectors + (q - vectors).detach()
+        if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
+            self.learn(vectors, ids)
         return q.view(B, H, W, D).movedim(3, 1), commitment, ids.view(B, H, W)
 
     @torch.no_grad()
@@ -150,21 +151,19 @@ class VQVAE(nn.Module):
     def __init__(self, channels, width, hidden, blocks, downs, K, D=64):
         super().__init__()
         widths = [width // 2**step for step in range(downs)]  # 128, 64
-        encoder, a = [], 3
-        for b in reversed(widths):
+        encoder = []
+        for a, b in pairwise([3, *reversed(widths)]):  # 3 to 64, 64 to 128
             encoder += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]  # halves H and W
-            a = b
         encoder.append(nn.Conv2d(width, width, 3, padding=1))
         encoder += [Residual(width, hidden) for _ in range(blocks)]
         self.encoder = nn.Sequential(*encoder, nn.ReLU(), nn.Conv2d(width, D, 1))
         self.quantiser = Quantiser(K, D)
         decoder = [nn.Conv2d(D, width, 3, padding=1)]
         decoder += [Residual(width, hidden) for _ in range(blocks)]
-        for b in widths[1:]:
+        for a, b in pairwise(widths):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]  # doubles
-            a = b
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
-        self.head = nn.ConvTranspose2d(a, channels, 4, stride=2, padding=1)
+        self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
         for module in self.modules():  # no layer normalises; He's weights (2015) keep the scale
             if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
