@@ -298,6 +298,7 @@ PUBLISHED = {
 }
 NOTES = {
     "steps": "A tenth of the labels.",
+    "codebook": "The gain is that of no codes over codes.",
     "imbalance": "The control has as many photos, of all breeds.",
     "puzzle": "With four test photos, differences of half a point mean nothing.",
 }
@@ -344,8 +345,6 @@ def paired(one, other):
 
 def cell(values):
     """A figure of several seeds as text: 0.7090 ± 0.0021, or a large one with its thousands."""
-    if None in values:
-        return "-"
     mean, std = spread(values)
     if mean >= 10:
         return f"{mean:,.0f}"
