@@ -84,7 +84,7 @@ def parse_args(argv=None):
 ## the command of its training, and that of the pre-training that it starts from.
 
 FRACS = {"toy": [1.0, 0.1], "pets": [1.0, 0.5, 0.25, 0.1]}
-PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3329)}  # to train on, without labels and with them
+PHOTOS = {"toy": (3686, 1000), "pets": (22974, 3329)}  # without labels (about), and with
 NETWORKS = {"LinkNet": "linknet", "SegNet": "segnet", "U-Net": "unet"}
 VARIANTS = {"LinkNet, sub-pixel": "linknet --up subpixel", "U-Net, bilinear": "unet --up bilinear"}
 NO_CODES = "--net 128 32 2 2 0"  # an ordinary auto-encoder
