@@ -109,3 +109,14 @@ def test_the_demonstration():
     assert demo["pretrained"] > demo["scratch"]
     for key in ["pretrained", "scratch"]:
         assert f"{demo[key]:.3f}" in README
+
+
+@pytest.mark.parametrize(
+    "name, arm",
+    [("labels", "scratch, as long, 100 %")]
+    + [("models", network) for network in ["U-Net", "LinkNet", "SegNet"]],
+)
+def test_the_sentence_under_the_table(name, arm):
+    e = load("experiments")
+    group = e.grouped(read("experiments"), name)[arm]
+    assert e.cell([record["miou"] for record in group.values()])[:6] in README
