@@ -234,11 +234,11 @@ def soft_sums(logits, masks):
 
 
 def published_scores(counts, soft, classes):
-    """The definitions behind the numbers of five earlier projects, on this network's answers. Most
-    of them are called Dice or IoU there. D1, D2 and D6 take sigmoids of the logits, so they mean
-    nothing for a network that was trained with a softmax."""
+    """What five earlier projects called Dice, IoU or accuracy, on this network's answers. D1, D2,
+    D6 take sigmoids, so they mean nothing for a network that was trained with a softmax."""
     first = first_of(len(classes))
-    counts, soft, result = counts.double(), soft.double(), {}
+    counts, soft = counts.double(), soft.double()
+    result = {}
 
     def pooled(sums, size):  # batches of photos counted together
         return torch.stack([part.sum(0) for part in sums.split(size)])
@@ -252,7 +252,8 @@ def published_scores(counts, soft, classes):
         result[f"{key}_dice"] = ((2 * i + 1e-6) / (s + 1e-6)).mean().item()
         result[f"{key}_iou"] = ((i + 1e-6) / (s - i + 1e-6)).mean().item()
     right = counts.diagonal(dim1=1, dim2=2)  # (N, C)
-    both, total = right[:, first:], (counts.sum(1) + counts.sum(2))[:, first:]
+    both = right[:, first:]
+    total = (counts.sum(1) + counts.sum(2))[:, first:]
     # D3: hard, mean over classes, batches of 32 photos counted together.
     i, s = pooled(both, 32), pooled(total, 32)
     result["D3_dice"] = (2 * i / s).nanmean(1).nanmean().nan_to_num(1).item()
@@ -413,8 +414,7 @@ COLOURS[255] = 0  # of two classes the background: there the colours are rolled 
 
 
 def draw_overlay(path, images, masks, answers, first):
-    """A row for each photo: the photo, the truth over it, the answer over it. Pets and foreground
-    are orange."""
+    """A row a photo: the photo, the truth over it, the answer over it. Pet, foreground: orange."""
     photos, colours = images.movedim(1, 3), COLOURS.roll(first, 0)  # (N, H, W, 3)
     truth = photos // 2 + colours[masks.long()] // 2
     answer = photos // 2 + colours[answers] // 2

@@ -278,10 +278,11 @@ def check(model, images, masks, args):
     for x, hidden in zip(images.split(args.batch_size), masks.split(args.batch_size)):
         x, hidden = x.to(args.device) / 255, hidden.to(args.device)
         output, commitment, ids = model(torch.where(hidden, FILL, x))
-        errors = [hidden_error(output, x, hidden), hidden_error(mean_fill(x, hidden), x, hidden)]
-        errors += [hidden_error(output, x, ~hidden), commitment * args.variance]
-        totals += torch.stack(errors).cpu() / args.variance * len(x) / len(images)
+        parts = [hidden_error(output, x, hidden), hidden_error(mean_fill(x, hidden), x, hidden)]
+        parts += [hidden_error(output, x, ~hidden), commitment]
+        totals += torch.stack(parts).cpu() * len(x) / len(images)
         use += torch.bincount(ids.flatten(), minlength=args.net[4])  # (K,)
+    totals[:3] /= args.variance  # but not the commitment
     guess, fill, seen, commitment = totals.tolist()
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
     ## one is. It is counted over all photos, as one batch uses fewer.

@@ -181,20 +181,8 @@ def test_a_segmenter(name, here, monkeypatch):
 
 
 def test_vqvae(flat, here):
-    data = [
-        "--data",
-        str(flat),
-        "--net",
-        "128",
-        "32",
-        "2",
-        "2",
-        "64",
-        "--epochs",
-        "8",
-        "--batch-size",
-        "4",
-    ]
+    data = ["--data", str(flat), "--epochs", "8", "--batch-size", "4"]
+    data += ["--net", "128", "32", "2", "2", "64"]
     load("vqvae").main([*SMALL["vqvae"], *data])
     assert names_in("checkpoints/vqvae") == FILES | {"samples.png"}
     log = rows("checkpoints/vqvae")
