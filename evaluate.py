@@ -505,19 +505,19 @@ def main(argv=None):
 
         ## 3. The scores, and those of predictions that need no network: the same for every pixel.
         counts, soft = run_program(segment, images, masks, args)
-        answers = {str(run): counts}
+        answers = {str(run): (counts, soft)}
         for label, name in enumerate(classes):
-            answers[f"all {name}"] = torch.zeros_like(counts)
-            answers[f"all {name}"][:, :, label] = counts.sum(2)
+            constant = torch.zeros_like(counts)
+            constant[:, :, label] = counts.sum(2)
+            answers[f"all {name}"] = (constant, soft * torch.nan)  # it has no logits
         cats = find_cats(data, args.split, len(images))
         scores = {}
-        for name, matrices in answers.items():
+        for name, (matrices, sums) in answers.items():
             scores[name] = class_scores(matrices, classes)
             if classes == PETS:
                 scores[name] |= pet_scores(matrices, cats)
             if args.as_published:
-                scores[name] |= published_scores(matrices, soft, classes)
-            soft = soft * torch.nan  # behind the constant answers, which come next, are no logits
+                scores[name] |= published_scores(matrices, sums, classes)
         print(f"\n{meta['data']}, {args.split}: {len(images)} photos, {meta['size']} pixels")
         print_table(scores)
         record = {"run": str(run), "photos": len(images), "scores": scores[str(run)]}
