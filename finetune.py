@@ -63,6 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
+    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/finetune", help="the run's folder")
     args = p.parse_args(argv)
@@ -78,7 +79,7 @@ def parse_args(argv=None):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
+    args.bf16 |= args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 

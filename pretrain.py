@@ -82,6 +82,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, masks")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
+    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/pretrain", help="the run's folder")
     args = p.parse_args(argv)
@@ -98,7 +99,7 @@ def parse_args(argv=None):
     shares = re.fullmatch(r"(0|0?\.\d+)-(0?\.\d+)", args.mask)
     if not shares or float(shares[1]) > float(shares[2]):
         p.error(f"--mask {args.mask}: wanted LO-HI, two shares below 1, such as 0.05-0.25")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
+    args.bf16 |= args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 

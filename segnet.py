@@ -1,9 +1,8 @@
 """SegNet: pooling remembers where each maximum stood, un-pooling puts it back.
 
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
-class for every pixel (Badrinarayanan et al. 2017). The encoder has VGG-16's
-convolutions and poolings, the decoder the same mirrored. What is handed across
-is not the maps, but the place of the largest of each four values.
+class for every pixel (Badrinarayanan et al. 2017). The encoder is VGG-16, the
+decoder its mirror. The places of the maxima are handed across, not the maps.
 
     photo 3 x 64 x 64                                logits classes x 64 x 64
     16 x 64 x 64 ----------------- places --------------> 16 x 64 x 64
@@ -63,6 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
+    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/segnet", help="the run's folder")
     args = p.parse_args(argv)
@@ -77,7 +77,7 @@ def parse_args(argv=None):
         p.error(f"--pretrain {args.pretrain}: of {args.epochs} epochs one at least has to segment")
     if not 0 < args.frac <= 1:
         p.error(f"--frac {args.frac}: wanted more than 0, at most 1")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
+    args.bf16 |= args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 

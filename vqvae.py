@@ -67,6 +67,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, mirrors")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
+    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/vqvae", help="the run's folder")
     args = p.parse_args(argv)
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     factor = 2 ** args.net[3]
     if any(side % factor for side in args.size):
         p.error(f"--size {args.size}: the network wants multiples of {factor}")
-    args.bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
+    args.bf16 |= args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # natively
     return args
 
 

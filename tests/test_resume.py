@@ -113,6 +113,27 @@ def test_what_is_typed_wins(typed):
 
 
 @pytest.mark.parametrize("name", [*LIGHT, LINKNET])
+def test_sixteen_bits_go_on(name, typed, monkeypatch):
+    """With --bf16 a convolution has 16-bit outputs, also after --resume; the weights have 32."""
+    seen, forward = set(), torch.nn.Conv2d.forward
+
+    def watched(conv, x):
+        y = forward(conv, x)
+        if conv.training:
+            seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    for flags in (typed(name, "--bf16", "--epochs", "1"), ["--resume", "--epochs", "2"]):
+        load(name).main([*flags, "--out", "run"])
+        assert seen == {torch.bfloat16}
+        seen.clear()
+    assert len(rows("run")) == 2
+    for tensor in checkpoint("run/best.pt")["model"].values():
+        assert tensor.dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("name", [*LIGHT, LINKNET])
 def test_other_photos_are_refused(name, typed, refuse, here):
     """They would be parted anew, and photos of training would stand in validation."""
     load(name).main(typed(name, "--out", "run", "--epochs", "1"))
