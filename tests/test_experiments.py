@@ -227,6 +227,19 @@ def test_a_difference_is_taken_seed_by_seed():
     assert e.cell([0.5, 0.6, 0.7]) == "0.6000 ± 0.1000" and e.cell([1234567]) == "1,234,567"
 
 
+def test_published_figures_stand_beside_ours():
+    """SegNet is published as Dice .511, IoU .343 and accuracy .875; drawn pets are not compared."""
+    ours = {"D2_dice": 0.52, "D2_iou": 0.34, "D4_accuracy": 0.8, "miou": 0.7, "data": "pets"}
+    records = [ours | {"experiment": "models", "arm": "SegNet", "seed": seed} for seed in (0, 1)]
+    rows = e.published(records).splitlines()[4:]
+    assert rows == [
+        "| models: SegNet | D2 dice | 0.511 | 0.5200 | ahead | 0.7000 |",
+        "| models: SegNet | D2 iou | 0.343 | 0.3400 | behind | 0.7000 |",
+        "| models: SegNet | D4 accuracy | 0.875 | 0.8000 | behind | 0.7000 |",
+    ]
+    assert e.published([record | {"data": "toy"} for record in records]).count("SegNet") == 0
+
+
 def test_an_arm_stands_against_all_of_its_controls():
     """With the spread of the differences, where there are several seeds."""
 
