@@ -378,7 +378,7 @@ def markdown(records, name):
     seeds = sorted({len(group) for group in groups.values()})
     size = "x".join(str(side) for side in first["size"])
     text = f"{first['data']}, {size} pixels, {first['photos']} test photos, {first['device']}, "
-    text += f"torch {first['torch']}, {' or '.join(map(str, seeds))} seeds. {NOTES.get(name, '')}"
+    text += f"torch {first['torch']}, seeds: {' or '.join(map(str, seeds))}. {NOTES.get(name, '')}"
     lines = [f"### {name}", "", text.strip(), ""]
     columns = COLUMNS.get(name, USUAL)
     titles = [TITLES.get(column, column.replace("_", " ")) for column in columns]

@@ -100,6 +100,15 @@ def test_the_laptop_run():
     run = read("laptop")
     assert run["command"] in README and f"{run['miou']:.3f}" in README
     assert f"{run['seconds']:.0f} seconds" in PAGE
+    typed = [r["command"].rpartition(" --out")[0] for r in read("experiments")]
+    assert typed.count(run["command"]) == 1  # it is one of `minutes`
+
+
+def test_the_commands_of_minutes():
+    """They are not in experiments.py, so the page has them."""
+    for record in read("experiments"):
+        if record["experiment"] == "minutes":
+            assert record["command"].rpartition(" --out")[0] in PAGE.splitlines()
 
 
 def test_the_demonstration():
