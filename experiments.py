@@ -148,10 +148,10 @@ def plan(args, name):
         arms = [tuned("all", pre, 1.0, args.epochs)]
         arms.append(tuned("half", pretraining(args, 0.5), 1.0, args.epochs))
         arms += [tuned("none", None, 1.0, args.epochs), longer(args, "none, as long")]
-    elif name == "masks":  # which mask, with a tenth of the labels?
-        arms = [tuned("no pre-training", None, 0.1, args.epochs)]
+    elif name == "masks":  # which mask, with few labels and few steps, where pre-training helps?
+        arms = [tuned("no pre-training", None, 0.1, args.epochs / 6)]
         for label, flags in MASK_FLAGS.items():
-            arms.append(tuned(label, pretraining(args, flags=flags), 0.1, args.epochs))
+            arms.append(tuned(label, pretraining(args, flags=flags), 0.1, args.epochs / 6))
     elif name == "models":
         arms = plan_models(args, NETWORKS | VARIANTS)
     elif name == "blur":  # who still sees something in blurred photos?
