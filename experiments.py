@@ -400,11 +400,11 @@ def published(records):
         group = grouped(records, name).get(arm)
         if not group or group[0]["data"] == "toy":
             continue
-        plain = cell([record["miou"] for record in group.values()])
+        miou = cell([record["miou"] for record in group.values()])
         for key, value in theirs.items():
-            ours = cell([record[key] for record in group.values()])
-            ahead = "ahead" if float(ours[:6]) > value else "behind"
-            row = [f"{name}: {arm}", key.replace("_", " "), f"{value:.3f}", ours, ahead, plain]
+            ours = [record[key] for record in group.values()]
+            ahead = "ahead" if statistics.fmean(ours) > value else "behind"
+            row = [f"{name}: {arm}", key.replace("_", " "), f"{value:.3f}", cell(ours), ahead, miou]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
