@@ -39,7 +39,7 @@ from torchvision import datasets
 
 IGNORE = 255  # label of pixels that count neither in a loss nor in a score
 PETS = ["pet", "background", "border"]
-MEANS = ["accuracy", "miou", "dice", "precision", "recall"]
+SUMMARY = ["accuracy", "miou", "dice", "precision", "recall"]
 
 
 def parse_args(argv=None):
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("runs", nargs="*", help="run folders or .pt2 files; none: all of checkpoints/")
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
-    p.add_argument("--split", choices=["test", "val"], default="test", help="val to choose with")
+    p.add_argument("--split", choices=["test", "val"], default="test", help="val: to tune with")
     p.add_argument("--blur", type=float, default=0.0, help="0 to 100; 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -86,7 +86,7 @@ ALLOWED = {  # key in one of the JSON files: the type of its value, and all that
     "guards_code": r"list \[\]",
     "as_operator": r"never",
 }
-META = {  # the same for what meta.json and its args say, as JSON
+META = {  # the same for meta.json and the args in it, as JSON
     "classes": r"""\[("[\w ,.:()/&'-]+"(, )?)+\]""",
     "size": r"[1-9]\d{0,3}|\[[1-9]\d{0,3}, [1-9]\d{0,3}\]",
     "ignore": r"null|\d\d?|1\d\d|2[0-4]\d|25[0-5]",
@@ -149,7 +149,7 @@ def open_program(path, device):
         if isinstance(meta["size"], int):
             meta["size"] = [meta["size"]] * 2
         x = torch.rand(3, 3, *meta["size"], device=device)
-        x[0] *= 0.1  # unlike the others, so that statistics of the batch would show
+        x[0] *= 0.1  # dark, so that a network that looks at the whole batch shows
         logits = segment(x)
         with FlopCounterMode(display=False) as counter:
             alone = segment(x[:1])
@@ -223,13 +223,13 @@ def first_of(C):
 
 def soft_sums(logits, masks):
     """|P and T| and |P| + |T| of each photo, over all its pixels and the classes that count, with P
-    the sigmoid of the logits, and with P the sigmoid of that: (B, 2, 2)."""
+    the sigmoid of the logits, and with P the sigmoid of that: (B, sigmoids, sums)."""
     C = logits.shape[1]
     labels = torch.arange(first_of(C), C, device=masks.device).view(-1, 1, 1)
     masks = masks[:, None, None]  # (B, 1, 1, H, W)
     y, valid = (masks == labels).float(), (masks != IGNORE).float()
     p = logits[:, first_of(C) :].sigmoid()
-    p = torch.stack([p, p.sigmoid()], dim=1) * valid  # (B, 2, C, H, W)
+    p = torch.stack([p, p.sigmoid()], dim=1) * valid  # (B, 2, those of C that count, H, W)
     return torch.stack([(p * y).sum((2, 3, 4)), (p + y).sum((2, 3, 4))], dim=2)
 
 
@@ -254,13 +254,14 @@ def published_scores(counts, soft, classes):
     right = counts.diagonal(dim1=1, dim2=2)  # (N, C)
     both = right[:, first:]
     total = (counts.sum(1) + counts.sum(2))[:, first:]
-    # D3: hard, mean over classes, batches of 32 photos counted together.
+    # D3: hard, mean over classes, batches of 32 photos counted together. Absent: no Dice, IoU 1.
     i, s = pooled(both, 32), pooled(total, 32)
     result["D3_dice"] = (2 * i / s).nanmean(1).nanmean().nan_to_num(1).item()
     result["D3_iou"] = ((i + 1e-6) / (s - i + 1e-6)).mean().item()
     # D4: accuracy of each photo, mean over photos.
     result["D4_accuracy"] = (right.sum(1) / counts.sum((1, 2))).nanmean().item()
-    # D5: hard, all photos counted together, only the class that is looked for: "iou of ..." above.
+    # D5: hard, all photos counted together, the first class alone.
+    result["D5_iou"] = (both[:, 0].sum() / (total - both)[:, 0].sum()).item()
     # D7: hard, of each photo the mean over the classes that are in it, mean over batches of 8.
     there = counts.sum(2)[:, first:] > 0
     dice = (2 * both / total).where(there, torch.nan).nanmean(1)  # (N,)
@@ -285,13 +286,13 @@ def run_program(segment, images, masks, args):
 
 
 def draw_toy(n, size, seed):
-    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
+    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 background, 2
+    their border. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
     X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
-    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
+    # A form is where its formula is below 1; minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -357,8 +358,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. But a PNG with a palette stores numbers, one a colour:
-        # these are the labels, say 1 for red. (In black and white not: there white may be 0.)
+        # The labels are the grey values, or the numbers that a PNG with a palette has for its
+        # colours, say 1 for red. (Not if it is black and white: there white may be number 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
@@ -393,7 +394,7 @@ def find_cats(args, part, n):
 
 
 def blur_photos(images, percent):
-    """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, more on a larger."""
+    """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, in proportion."""
     blur = ImageFilter.GaussianBlur(int(percent / 10) * min(images.shape[2:]) / 120)
     photos = [Image.fromarray(pixels).filter(blur) for pixels in images.movedim(1, 3).numpy()]
     return torch.tensor(np.stack(photos)).movedim(3, 1)
@@ -410,7 +411,7 @@ def save(path, write):
 # --- pictures ------------------------------------------------------------------------------------
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])  # pet, ground, border
-COLOURS[255] = 0  # of two classes the background: there the colours are rolled by one
+COLOURS[254:] = 0  # ignored; of two classes background and ignored, as they are rolled by one
 
 
 def draw_overlay(path, images, masks, answers, first):
@@ -467,9 +468,7 @@ def print_table(columns):
 
 def main(argv=None):
     args = parse_args(argv)
-    print(
-        f"evaluate.py  torch {torch.__version__}  {args.device}  {args.split}  blur {args.blur:g} %"
-    )
+    print(f"evaluate.py  torch {torch.__version__}  {args.device}  {args.split}  blur {args.blur}")
 
     ## 1. The programs: those named, or every finished run.
     runs = [Path(run) for run in args.runs]
@@ -521,7 +520,7 @@ def main(argv=None):
         print(f"\n{meta['data']}, {args.split}: {len(images)} photos, {meta['size']} pixels")
         print_table(scores)
         record = {"run": str(run), "photos": len(images), "scores": scores[str(run)]}
-        records.append(meta | vars(args) | record | {"data": data.data, "root": data.root})
+        records.append(vars(args) | meta | record)
 
         ## 4. A picture beside the program.
         some = slice(0, None, len(images) // 6 + 1)
@@ -533,7 +532,7 @@ def main(argv=None):
         text = json.dumps(records, indent=1)
         save(Path(args.json), lambda file: file.write_text(text))
     print("\nall runs")
-    print_table({r["run"]: {key: r["scores"][key] for key in MEANS} for r in records})
+    print_table({r["run"]: {key: r["scores"][key] for key in SUMMARY} for r in records})
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ YOU WILL LEARN  why the target must be the clean photo -> pretrain_epoch; how to
 tell that a network fills in -> check; how a codebook learns -> Quantiser.learn
 
 RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
-        python pretrain.py --resume --epochs 12  goes on, the rate rises again
+        python pretrain.py --resume --epochs 12  goes on, learning rate up
         python pretrain.py --data catdog --download --size 128 --epochs 20
         python pretrain.py --net 128 32 2 2 0    no codes, an auto-encoder
         python finetune.py --frac 0.5            stage 2
 
 WHAT TO EXPECT  Toy: hidden 0.51, fill 0.74 after a minute on two cores.
 A broken run: `hidden` stays near `fill`, `used` below 50 of 512.
-DIFFERS FROM THE PAPER  In the codebook, as vqvae.py.
+DIFFERS FROM THE PAPERS  In the codebook, as vqvae.py.
 """
 
 import json
@@ -50,7 +50,7 @@ MASKS = {"masks", "labels", "annotations", "trimaps", "SegmentationClass", "Segm
 DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
 COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
 FILL = 0.5  # grey, in the place of what is hidden
-COLLECTIONS = {  # of catdog, by the folder that each unpacks to; the fourth is CIFAR-10
+COLLECTIONS = {  # of catdog, beside CIFAR-10: the folder that each unpacks to
     "Images": "http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar",
     "cats_and_dogs_filtered": "https://storage.googleapis.com/mledu-datasets/"
     "cats_and_dogs_filtered.zip",
@@ -76,13 +76,13 @@ def parse_args(argv=None):
     p.add_argument("--frac", type=float, default=1.0, help="share of the training photos")
     p.add_argument("--mask", default="0.05-0.25", help="LO-HI, share of a photo's area to hide")
     p.add_argument("--patch", type=int, default=0, help="hide patches of this side, not a square")
-    p.add_argument("--distort", nargs="+", choices=DISTORTIONS, default=[], help="what else to do")
+    p.add_argument("--distort", nargs="+", choices=DISTORTIONS, default=[], help="besides hiding")
     p.add_argument("--epochs", type=int, default=2, help="passes over the training photos")
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="less saves memory")
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, masks")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
-    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
+    p.add_argument("--bf16", action="store_true", help="16 bits, as on GPUs; faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/pretrain", help="the run's folder")
     args = p.parse_args(argv)
@@ -127,7 +127,7 @@ class Quantiser(nn.Module):
 
     def __init__(self, K, D):
         super().__init__()
-        self.register_buffer("codes", torch.zeros(K, D))
+        self.register_buffer("codes", torch.zeros(K, D))  # 0: see learn
         self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
 
     def forward(self, z):
@@ -137,10 +137,10 @@ class Quantiser(nn.Module):
         vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W; bf16 is too coarse
         ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
         q = self.codes[ids]  # (N, D)
-        ## No gradient reaches the codes, which are no parameters. This one pulls the encoder there:
+        ## The codes are no parameters and get no gradient. This loss pulls the vectors to them:
         commitment = (vectors - q).square().mean()
-        ## A lookup has no gradient, so that of the decoder goes straight to the vectors, as if they
-        ## were q: forward the sum is q, backward the bracket is a constant.
+        ## A lookup has no gradient. The decoder's goes straight to the vectors, as if they were q:
+        ## forward the sum is q, backward the bracket is a constant.
         q = vectors + (q - vectors).detach()
         if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
             self.learn(vectors, ids)
@@ -162,7 +162,7 @@ class Quantiser(nn.Module):
         dead = shares < 0.1 / K  # tuned
         picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], picked, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 21 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -219,15 +219,15 @@ def draw_masks(B, args):
     H, W = args.size
     low, high = map(float, args.mask.split("-"))
     share = low + (high - low) * torch.rand(B, 1)
-    if args.patch:  # the patches that come first in a random order
+    if args.patch:  # those of the lowest ranks
         h, w = math.ceil(H / args.patch), math.ceil(W / args.patch)
-        order = torch.rand(B, h * w).argsort(1)
-        hidden = (order < (share * h * w).round().clamp(max=h * w - 1)).view(B, 1, h, w)
+        rank = torch.rand(B, h * w).argsort(1)  # of each patch, random
+        hidden = (rank < (share * h * w).round().clamp(max=h * w - 1)).view(B, 1, h, w)
         hidden = hidden.repeat_interleave(args.patch, 2).repeat_interleave(args.patch, 3)
         return hidden[:, :, :H, :W]
     side = (share * H * W).sqrt().clamp(max=min(H, W) - 1).round()  # (B, 1), of one square
-    y = torch.arange(H) - (torch.rand(B, 1) * (H - side)).round()  # (B, H), 0 at its upper edge
-    x = torch.arange(W) - (torch.rand(B, 1) * (W - side)).round()  # (B, W), 0 at its left edge
+    y = torch.arange(H) - (torch.rand(B, 1) * (H - side)).round()  # (B, H), 0 at its top row
+    x = torch.arange(W) - (torch.rand(B, 1) * (W - side)).round()  # (B, W), 0 at its left column
     rows, columns = (y >= 0) & (y < side), (x >= 0) & (x < side)
     return rows[:, None, :, None] & columns[:, None, None, :]
 
@@ -245,7 +245,7 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         mirror = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
         x = torch.where(mirror, x.flip(3), x)
         distorted = x
-        for kind in sorted(args.distort, reverse=True):  # rotate first
+        for kind in sorted(args.distort, reverse=True):  # z to a: rotate first
             distorted = torch.stack([DISTORTIONS[kind](image) for image in distorted])
             if kind == "rotate":  # the target turns too; jitter and grey are to be undone
                 x = distorted
@@ -258,7 +258,7 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
             output, commitment, _ = model(torch.where(hidden, FILL, distorted))
         ## The target is the photo as it was; what can be seen does not count, as copying it teaches
         ## little (He et al. 2022). Had the mask been written into x itself, grey would be right
-        ## wherever the loss looks, and nothing be learned. (A student project did that.)
+        ## wherever the loss looks, and nothing be learned.
         loss = hidden_error(output, x, hidden) / args.variance + COMMITMENT * commitment
         optimizer.zero_grad()
         loss.backward()
@@ -272,8 +272,8 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
 @torch.inference_mode()
 def check(model, images, masks, args):
     """The validation photos under masks that never change -> loss, errors in units of the variance,
-    perplexity, codes in use. It fills in if `hidden` is well below `mean_fill`, which needs no
-    network; what can be seen is not trained, so it may be drawn badly."""
+    perplexity, codes in use. It fills in if `hidden` is well below `fill`, the error of the mean
+    colour, without a network. What can be seen is not trained, so it may be drawn badly."""
     model.eval()
     use, totals = 0, torch.zeros(4)
     for x, hidden in zip(images.split(args.batch_size), masks.split(args.batch_size)):
@@ -300,7 +300,7 @@ def check(model, images, masks, args):
 
 @torch.inference_mode()
 def finish_masked(model, images, masks, args):
-    """The best epoch's samples.png: photos, what is seen of them, what comes out; result.json."""
+    """The best epoch's samples.png: photos, what is seen of them, the holes filled; result.json."""
     out, x = Path(args.out), images[:8] / 255
     result = load_checkpoint(out / "best.pt", SCRIPT)
     model.load_state_dict(result.pop("model"))
@@ -331,7 +331,7 @@ def pretrain(model, optimizer, history, photos, val, masks, args):
         if best:
             save(out / "best.pt", lambda file: torch.save(state, file))
         state |= {"optimizer": optimizer.state_dict(), "history": history}
-        log = "".join(json.dumps(row) + "\n" for row in history)
+        log = "".join(json.dumps(old) + "\n" for old in history)
         save(out / "log.jsonl", lambda file: file.write_text(log))
         save(out / "last.pt", lambda file: torch.save(state, file))
         numbers = "".join(f"{value:9.4f}" for value in list(row.values())[1:])
@@ -342,13 +342,13 @@ def pretrain(model, optimizer, history, photos, val, masks, args):
 
 
 def draw_toy(n, size, seed):
-    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
+    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 background, 2
+    their border. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
     X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
-    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
+    # A form is where its formula is below 1; minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -427,7 +427,7 @@ def list_catdog(args):
             except Exception as error:  # no network, a full disk, a broken archive
                 sys.exit(f"{error}: unpack {url} in {args.root} by hand")
             (part / name).rename(folder)  # now it is whole
-        photos = sorted(folder.rglob("*.[jp][pn]g"))
+        photos = sorted(folder.rglob("*.jpg"))
         print(f"photos   {name}: {len(photos)}")
         for photo in photos:
             if photo.parent.name.lower().startswith("cat"):
@@ -444,11 +444,12 @@ def load_photos(args):
     elif args.data == "catdog":
         species = [read_images(photos, args) for photos in list_catdog(args)]
         fewer = min(len(images) for images in species)
-        images = torch.stack([images[:fewer] for images in species], dim=1).flatten(0, 1)  # in turn
+        images = torch.stack([images[:fewer] for images in species], dim=1)  # (N, 2, 3, H, W)
+        images = images.flatten(0, 1)  # cat, dog, cat, dog, ...
     else:
         images = read_images(list_images(args), args)
     n = math.ceil(len(images) / 10)
-    few = math.ceil(args.frac * (len(images) - n))  # the first: more takes the same ones and more
+    few = math.ceil(args.frac * (len(images) - n))  # the first: a larger share adds to them
     print(f"data     {args.data}: train {few}  val {n}  {args.size} pixels")
     return images[n:][:few], images[:n]
 
@@ -505,7 +506,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=2e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
-    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
+    p.add_argument("--bf16", action="store_true", help="16 bits, as on GPUs; faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/segnet", help="the run's folder")
     args = p.parse_args(argv)
@@ -144,8 +144,8 @@ def fill_loss(model, x):
 def bce_loss(logits, y, valid):
     """Binary cross-entropy, each class against the rest, mean over the valid pixels. logits and y
     are (B, C, H, W), y one-hot; valid (B, 1, H, W) is 1 where a pixel counts and 0 elsewhere."""
-    # With p = 1 / (1 + e^-x), -y log p - (1 - y) log(1 - p) is x + log(1 + e^-x) - x y. If x < 0,
-    # e^-x may overflow, but x + log(1 + e^-x) is log(1 + e^x). Both: max(x, 0) + log(1 + e^-|x|).
+    # With p = 1 / (1 + e^-x) of a logit x, -y log p - (1 - y) log(1 - p) = x + log(1 + e^-x) - x y.
+    # If x < 0, e^-x may overflow: take log(1 + e^x) - x y. Both: max(x, 0) - x y + log(1 + e^-|x|).
     loss = logits.relu() - logits * y + torch.log1p(torch.exp(-logits.abs()))
     return (loss * valid).mean() / valid.mean().clamp(min=1e-9)  # sum / (C x valid pixels)
 
@@ -178,7 +178,7 @@ def confusion(logits, masks):
 
 def scores(counts):
     """Accuracy, mean IoU and mean Dice. Of a class, with T its true and P its predicted pixels, IoU
-    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); nan, and left out, if there are none."""
+    is |P and T| / |P or T|, and Dice 2 IoU / (1 + IoU); nan, and left out, if both are empty."""
     counts = counts.cpu()  # waits for the GPU; MPS has no float64
     both = counts.diag().double()
     iou = both / (counts.sum(0) + counts.sum(1) - both)
@@ -271,7 +271,7 @@ def train_segnet(model, optimizer, history, photos, val, args):
         if best:
             save(Path(args.out, "best.pt"), lambda file: torch.save(state, file))
         state |= {"optimizer": optimizer.state_dict(), "history": history}
-        log = "".join(json.dumps(row) + "\n" for row in history)
+        log = "".join(json.dumps(old) + "\n" for old in history)
         save(Path(args.out, "log.jsonl"), lambda file: file.write_text(log))
         save(Path(args.out, "last.pt"), lambda file: torch.save(state, file))
         numbers = "".join(f"{value:9.4f}" for value in list(row.values())[1:])
@@ -299,13 +299,13 @@ def finish(model, args):
 
 
 def draw_toy(n, size, seed):
-    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
+    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 background, 2
+    their border. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
     X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
-    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
+    # A form is where its formula is below 1; minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -371,8 +371,8 @@ def read_pair(pair, args):
         if photo.size != mask.size or photo.mode[0] in "IF" or mask.format == "JPEG":
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
-        # The grey values are the labels. But a PNG with a palette stores numbers, one a colour:
-        # these are the labels, say 1 for red. (In black and white not: there white may be 0.)
+        # The labels are the grey values, or the numbers that a PNG with a palette has for its
+        # colours, say 1 for red. (Not if it is black and white: there white may be number 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
@@ -467,7 +467,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

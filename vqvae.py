@@ -16,15 +16,15 @@ collapse and what keeps this one alive -> Quantiser.learn; how to read a
 perplexity -> measure
 
 RUN IT  python vqvae.py                          drawn cats and dogs
-        python vqvae.py --resume --epochs 12     goes on, the rate rises again
+        python vqvae.py --resume --epochs 12     goes on, learning rate up
         python vqvae.py --data pets --epochs 12
         python vqvae.py --net 256 256 4 2 512    a larger network
 
 WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after a minute on two cores.
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
 DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step; 0.99
-in Sonnet, the authors' code), as early on the encoder outruns slow ones. Codes
-start from data, unused ones move to data.
+in Sonnet, the authors' code), as early on the encoder outruns slow averages.
+Codes start from data, unused ones move to data.
 """
 
 import json
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=1e-3, help="peak of the learning rate")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, mirrors")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
-    p.add_argument("--bf16", action="store_true", help="compute in 16 bits, faster on new CPUs")
+    p.add_argument("--bf16", action="store_true", help="16 bits, as on GPUs; faster on new CPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
     p.add_argument("--out", default="checkpoints/vqvae", help="the run's folder")
     args = p.parse_args(argv)
@@ -107,7 +107,7 @@ class Quantiser(nn.Module):
 
     def __init__(self, K, D):
         super().__init__()
-        self.register_buffer("codes", torch.zeros(K, D))
+        self.register_buffer("codes", torch.zeros(K, D))  # 0: see learn
         self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
 
     def forward(self, z):
@@ -117,10 +117,10 @@ class Quantiser(nn.Module):
         vectors = z.float().movedim(1, 3).reshape(-1, D)  # (N, D), N = B H W; bf16 is too coarse
         ids = torch.cdist(vectors, self.codes).argmin(1)  # (N,), of the nearest codes
         q = self.codes[ids]  # (N, D)
-        ## No gradient reaches the codes, which are no parameters. This one pulls the encoder there:
+        ## The codes are no parameters and get no gradient. This loss pulls the vectors to them:
         commitment = (vectors - q).square().mean()
-        ## A lookup has no gradient, so that of the decoder goes straight to the vectors, as if they
-        ## were q: forward the sum is q, backward the bracket is a constant.
+        ## A lookup has no gradient. The decoder's goes straight to the vectors, as if they were q:
+        ## forward the sum is q, backward the bracket is a constant.
         q = vectors + (q - vectors).detach()
         if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
             self.learn(vectors, ids)
@@ -142,7 +142,7 @@ class Quantiser(nn.Module):
         dead = shares < 0.1 / K  # tuned
         picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], picked, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 22 steps without vectors
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 21 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -250,7 +250,7 @@ def train_vqvae(model, optimizer, history, photos, val, args):
         if best:
             save(out / "best.pt", lambda file: torch.save(state, file))
         state |= {"optimizer": optimizer.state_dict(), "history": history}
-        log = "".join(json.dumps(row) + "\n" for row in history)
+        log = "".join(json.dumps(old) + "\n" for old in history)
         save(out / "log.jsonl", lambda file: file.write_text(log))
         save(out / "last.pt", lambda file: torch.save(state, file))
         numbers = "".join(f"{value:9.4f}" for value in list(row.values())[1:])
@@ -274,13 +274,13 @@ def finish_images(model, images, args):
 
 
 def draw_toy(n, size, seed):
-    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 ground, 2 the
-    border between them. The ears of a cat are diamonds, those of a dog ellipses."""
+    """n drawn cats and dogs -> images (n, 3, H, W), masks (n, H, W), uint8: 0 pet, 1 background, 2
+    their border. The ears of a cat are diamonds, those of a dog ellipses."""
     g = torch.Generator().manual_seed(seed)
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
     a, b, c, d = torch.rand(4, n, 1, 1, generator=g) - 0.5  # the pet's place, and the ball's
     X, Y = abs(x - a), y - b  # (n, 1, W), (n, H, 1); abs mirrors one ear into two, y points down
-    # Inside a form its number is below 1, and minimum joins two. From 0.8 to 1.2 is the border.
+    # A form is where its formula is below 1; minimum joins two. From 0.8 to 1.2 is the border.
     body, head = 5 * X**2 + 5 * (Y - 0.4) ** 2, 8 * X**2 + 8 * (Y + 0.2) ** 2
     cat, dog = 6 * abs(X - 0.25) + 2.5 * abs(Y + 0.5), 40 * (X - 0.35) ** 2 + 8 * (Y + 0.1) ** 2
     ears = torch.where(torch.arange(n).view(n, 1, 1) % 2 == 0, cat, dog)
@@ -401,7 +401,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # what has folders is no run
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -298,6 +298,14 @@ def test_d4_is_the_mean_accuracy_of_the_photos(case):
     assert got["D4_accuracy"] == pytest.approx(statistics.fmean(accuracies))
 
 
+def test_d5_is_of_the_first_class_alone(case):
+    logits, masks, classes, got = case
+    first = wanted(classes)[0]
+    assert got["D5_iou"] == pytest.approx(got["classes"][classes[first]]["iou"])
+    truth, answer = flat(logits, masks)
+    assert got["D5_iou"] == pytest.approx(metrics.jaccard_score(truth == first, answer == first))
+
+
 def test_d7_counts_the_classes_that_are_in_the_photo(case):
     """Mean Dice of each photo, mean of batches of 8; a photo with nothing to find is left out."""
     logits, masks, classes, got = case
