@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("runs", nargs="*", help="run folders or .pt2 files; none: all of checkpoints/")
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
-    p.add_argument("--split", choices=["test", "val"], default="test", help="val: to tune with")
+    p.add_argument("--split", choices=["test", "val", "train"], default="test", help="val: to tune")
     p.add_argument("--blur", type=float, default=0.0, help="0 to 100; 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
