@@ -104,6 +104,12 @@ def test_the_laptop_run():
     assert typed.count(run["command"]) == 1  # it is one of `minutes`
 
 
+def test_the_longest_run_of_minutes():
+    (run,) = [r for r in read("experiments") if r["arm"] == "U-Net, 160 minutes"]
+    assert f"takes 160 and has {run['miou']:.3f} and {run['accuracy']:.3f}" in README
+    assert run["command"].rpartition(" --out")[0].endswith("--size 96 --width 32 --epochs 84")
+
+
 def test_the_commands_of_minutes():
     """They are not in experiments.py, so the page has them."""
     for record in read("experiments"):
