@@ -7,8 +7,7 @@ counts (N, C, C). It knows no architecture: anybody's program is scored.
 
 YOU WILL LEARN  why a file can run code, and what to look at before it is loaded
 -> inspect_program; that every score is a few sums over one matrix of counts ->
-class_scores; how one network gets seven scores, most of them called Dice or
-IoU, from seven definitions -> published_scores
+class_scores; seven published ways to score one network -> published_scores
 
 RUN IT  python evaluate.py                       every run under checkpoints/
         python evaluate.py checkpoints/finetune --split val
@@ -48,7 +47,7 @@ def parse_args(argv=None):
     p.add_argument("runs", nargs="*", help="run folders or .pt2 files; none: all of checkpoints/")
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
-    p.add_argument("--split", choices=["test", "val", "train"], default="test", help="val: to tune")
+    p.add_argument("--split", choices=["test", "val", "train"], default="test", help="tune on val")
     p.add_argument("--blur", type=float, default=0.0, help="0 to 100; 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
@@ -261,7 +260,7 @@ def published_scores(counts, soft, classes):
     # D4: accuracy of each photo, mean over photos.
     result["D4_accuracy"] = (right.sum(1) / counts.sum((1, 2))).nanmean().item()
     # D5: hard, all photos counted together, the first class alone.
-    result["D5_iou"] = (both[:, 0].sum() / (total - both)[:, 0].sum()).item()
+    result["D5_iou"] = class_scores(counts, classes)["classes"][classes[first]]["iou"]
     # D7: hard, of each photo the mean over the classes that are in it, mean over batches of 8.
     there = counts.sum(2)[:, first:] > 0
     dice = (2 * both / total).where(there, torch.nan).nanmean(1)  # (N,)
@@ -468,7 +467,9 @@ def print_table(columns):
 
 def main(argv=None):
     args = parse_args(argv)
-    print(f"evaluate.py  torch {torch.__version__}  {args.device}  {args.split}  blur {args.blur}")
+    print(
+        f"evaluate.py  torch {torch.__version__}  {args.device}  {args.split}  blur {args.blur:g} %"
+    )
 
     ## 1. The programs: those named, or every finished run.
     runs = [Path(run) for run in args.runs]

@@ -1,9 +1,8 @@
 """Run the other scripts in grids, with several seeds, and compare them fairly.
 
-WHAT IT DOES  Starts pretrain.py, finetune.py and the others as child processes
-and keeps every run that is finished: a second call skips it, and a killed call
-goes on where it was. When all are trained, evaluate.py reads the test photos,
-and the scores become tables and charts, with the published figures beside ours.
+WHAT IT DOES  Starts the other scripts as child processes and keeps every run
+that is finished: a second call skips it, a killed call goes on where it was. At
+the end evaluate.py reads the test photos, for tables beside published figures.
 
 YOU WILL LEARN  what makes a comparison fair: the same steps and the same seeds
 -> plan; why a difference is taken seed by seed before it is averaged -> paired;
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--data", choices=["toy", "pets"], default="toy", help="but for the last three")
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
-    p.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="an arm; quick: 1")
+    p.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="per arm; quick: 1")
     p.add_argument("--epochs", type=int, default=6, help="with all labels; quick: 2")
     p.add_argument("--pretrain-epochs", type=int, default=4, help="with all photos; quick: 1")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
@@ -371,8 +370,9 @@ def markdown(records, name):
     """The table of one experiment."""
     groups = grouped(records, name)
     records = [record for record in records if record["experiment"] == name]
-    first, seeds = records[0], len({record["seed"] for record in records})
-    sizes = dict.fromkeys("x".join(map(str, record["size"])) for record in records)
+    first = records[0]
+    seeds = len({record["seed"] for record in records})
+    sizes = sorted({"x".join(map(str, record["size"])) for record in records})
     text = f"{first['data']}, {' or '.join(sizes)} pixels, {first['photos']} test photos, "
     text += f"{first['device']}, torch {first['torch']}, seeds: {seeds}. {NOTES.get(name, '')}"
     lines = [f"### {name}", "", text.strip(), ""]

@@ -14,6 +14,11 @@ def read(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def typed(record):
+    """The command of a run, without its folder."""
+    return record["command"].rpartition(" --out")[0]
+
+
 def experiments():
     return list(dict.fromkeys(record["experiment"] for record in read("experiments")))
 
@@ -100,21 +105,21 @@ def test_the_laptop_run():
     run = read("laptop")
     assert run["command"] in README and f"{run['miou']:.3f}" in README
     assert f"{run['seconds']:.0f} seconds" in PAGE
-    typed = [r["command"].rpartition(" --out")[0] for r in read("experiments")]
-    assert typed.count(run["command"]) == 1  # it is one of `minutes`
+    commands = [typed(record) for record in read("experiments")]
+    assert commands.count(run["command"]) == 1  # it is one of `minutes`
 
 
 def test_the_longest_run_of_minutes():
     (run,) = [r for r in read("experiments") if r["arm"] == "U-Net, 160 minutes"]
     assert f"takes 160 and has {run['miou']:.3f} and {run['accuracy']:.3f}" in README
-    assert run["command"].rpartition(" --out")[0].endswith("--size 96 --width 32 --epochs 84")
+    assert typed(run).endswith("--size 96 --width 32 --epochs 84")
 
 
 def test_the_commands_of_minutes():
     """They are not in experiments.py, so the page has them."""
     for record in read("experiments"):
         if record["experiment"] == "minutes":
-            assert record["command"].rpartition(" --out")[0] in PAGE.splitlines()
+            assert typed(record) in PAGE.splitlines()
 
 
 def test_the_demonstration():
