@@ -23,6 +23,13 @@ def experiments():
     return list(dict.fromkeys(record["experiment"] for record in read("experiments")))
 
 
+def rows(text):
+    """The lines of a table."""
+    figures = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(figures) > 2
+    return figures
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=str)
 def test_every_file_is_json(path):
     assert json.loads(path.read_text())
@@ -36,13 +43,35 @@ def test_tables_are_what_experiments_prints(name, tmp_path, capsys):
     e = load("experiments")
     e.main(["--table", str(copy)])
     printed = capsys.readouterr().out
-    text = e.markdown(read("experiments"), name) + e.published(read("experiments"))
-    figures = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(figures) > 2
-    for line in figures:
+    for line in rows(e.markdown(read("experiments"), name)):
         assert line in PAGE and line in printed
     if name in e.CHARTS:
         assert (tmp_path / f"{name}.svg").read_text() == (RESULTS / f"{name}.svg").read_text()
+
+
+def test_published_figures():
+    """Ours beside theirs, with the command and the minutes of each run."""
+    records = read("published")
+    for line in rows(load("experiments").published(records)):
+        assert line in PAGE
+    for record in records:
+        assert f"| {record['minutes']} | `{record['command']}` |" in PAGE
+        if record["pretraining"]:
+            assert f"| {record['pretraining_minutes']} | `{record['pretraining']}` |" in PAGE
+
+
+@pytest.mark.parametrize(
+    "name, arm, key",
+    [
+        ("labels", "scratch, 100 %", "D4_accuracy"),
+        ("models", "SegNet", "D2_dice"),
+        ("models", "LinkNet", "D3_dice"),
+    ],
+)
+def test_the_published_figures_of_the_readme(name, arm, key):
+    e = load("experiments")
+    (ours,) = e.grouped(read("published"), name)[arm].values()
+    assert f"| {e.PUBLISHED[name, arm][key]:.3f} | {ours[key]:.4f} |" in README
 
 
 def test_what_was_tried():
