@@ -2,11 +2,11 @@
 
 WHAT IT DOES  Reads programs, the model.pt2 of finetune.py, unet.py and others,
 which turn photos (B, 3, H, W) in [0, 1] into logits (B, C, H, W). It counts the
-pixels of each photo by truth and answer, and computes all scores from these
+pixels of each photo by truth and answer, and computes the scores from these
 counts (N, C, C). It knows no architecture: anybody's program is scored.
 
 YOU WILL LEARN  why a file can run code, and what to look at before it is loaded
--> inspect_program; that every score is a few sums over one matrix of counts ->
+-> inspect_program; that a score is a few sums over one matrix of counts ->
 class_scores; seven published ways to score one network -> published_scores
 
 RUN IT  python evaluate.py                       every run under checkpoints/
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
     p.add_argument("--split", choices=["test", "val", "train"], default="test", help="tune on val")
-    p.add_argument("--blur", type=float, default=0.0, help="0 to 100; 100: radius 10 of 120 pixels")
+    p.add_argument("--blur", type=float, default=0.0, help="by tens; 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
@@ -242,9 +242,9 @@ def published_scores(counts, soft, classes):
     def pooled(sums, size):  # batches of photos counted together
         return torch.stack([part.sum(0) for part in sums.split(size)])
 
-    # D1: soft, of each photo, its classes counted together (of outputs 0 or 1 and three classes:
-    # the accuracy). D2: a second sigmoid on top, so P is 0.5 to 0.73, and low even if all is right.
-    # D6: soft, batches of 4 photos and their classes counted together; published as a loss, 1 - D6.
+    # D1: soft, of each photo, its classes counted together. Of outputs 0 or 1 and three classes it
+    # is the accuracy. D2: a second sigmoid on top: P is 0.5 to 0.73, and low even if all is right.
+    # D6: as D1, but 4 photos are counted together; published as a loss, 1 - D6.
     pools = {"D1": soft[:, 0], "D2": soft[:, 1], "D6": pooled(soft[:, 0], 4)}
     for key, sums in pools.items():
         i, s = sums.T  # |P and T|, |P| + |T|
@@ -393,7 +393,7 @@ def find_cats(args, part, n):
 
 
 def blur_photos(images, percent):
-    """PIL's Gaussian blur, radius int(percent / 10) pixels on a photo of 120, in proportion."""
+    """PIL's Gaussian blur, radius int(percent / 10) of 120 pixels, as published; 25 % is as 20."""
     blur = ImageFilter.GaussianBlur(int(percent / 10) * min(images.shape[2:]) / 120)
     photos = [Image.fromarray(pixels).filter(blur) for pixels in images.movedim(1, 3).numpy()]
     return torch.tensor(np.stack(photos)).movedim(3, 1)

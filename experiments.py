@@ -57,11 +57,11 @@ def parse_args(argv=None):
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="per arm; quick: 1")
-    p.add_argument("--epochs", type=int, default=6, help="with all labels; quick: 2")
+    p.add_argument("--epochs", type=int, default=6, help="with all labels, but for steps; quick: 2")
     p.add_argument("--pretrain-epochs", type=int, default=4, help="with all photos; quick: 1")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
-    p.add_argument("--table", metavar="FILE", help="redo the tables of a results.json")
+    p.add_argument("--table", metavar="FILE", help="redo tables and charts of a results.json")
     p.add_argument("--out", default="checkpoints/experiments", help="runs and results")
     args = p.parse_args(argv)
     if args.names == ["quick"]:
@@ -96,7 +96,7 @@ def pretraining(args, frac=1.0, flags=""):
 
 
 def tuned(label, pre, frac, epochs, flags=""):
-    """Fine-tuning, from scratch if pre is None. Epochs are those of all labels."""
+    """Fine-tuning, from scratch if pre is None: frac of the labels, 1 / frac of the epochs."""
     command = f"finetune --frac {frac} --epochs {round(epochs / frac)} {flags}"
     return {"label": label, "command": command, "pre": pre}
 
@@ -372,7 +372,7 @@ def markdown(records, name):
     records = [record for record in records if record["experiment"] == name]
     first = records[0]
     seeds = len({record["seed"] for record in records})
-    sizes = sorted({"x".join(map(str, record["size"])) for record in records})
+    sizes = dict.fromkeys("x".join(map(str, record["size"])) for record in records)
     text = f"{first['data']}, {' or '.join(sizes)} pixels, {first['photos']} test photos, "
     text += f"{first['device']}, torch {first['torch']}, seeds: {seeds}. {NOTES.get(name, '')}"
     lines = [f"### {name}", "", text.strip(), ""]

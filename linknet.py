@@ -467,7 +467,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # it holds no other runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

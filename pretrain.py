@@ -13,14 +13,14 @@ YOU WILL LEARN  why the target must be the clean photo -> pretrain_epoch; how to
 tell that a network fills in -> check; how a codebook learns -> Quantiser.learn
 
 RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
-        python pretrain.py --resume --epochs 12  goes on, learning rate up
-        python pretrain.py --data catdog --download --size 128 --epochs 20
-        python pretrain.py --net 128 32 2 2 0    no codes, an auto-encoder
+        python pretrain.py --resume --epochs 12  goes on to epoch 12
         python finetune.py --frac 0.5            stage 2
+        python pretrain.py --data catdog --download --size 128 --epochs 20
 
 WHAT TO EXPECT  Toy: hidden 0.51, fill 0.74 after a minute on two cores.
 A broken run: `hidden` stays near `fill`, `used` below 50 of 512.
-DIFFERS FROM THE PAPERS  In the codebook, as vqvae.py.
+DIFFERS FROM THE PAPERS  No adversarial loss, no transformer, less is hidden;
+the codebook is that of vqvae.py.
 """
 
 import json
@@ -139,8 +139,8 @@ class Quantiser(nn.Module):
         q = self.codes[ids]  # (N, D)
         ## The codes are no parameters and get no gradient. This loss pulls the vectors to them:
         commitment = (vectors - q).square().mean()
-        ## A lookup has no gradient. The decoder's goes straight to the vectors, as if they were q:
-        ## forward the sum is q, backward the bracket is a constant.
+        ## A lookup has no gradient. Straight-through estimator: the decoder's gradient goes to the
+        ## vectors, as if they were q. Forward the sum is q, backward the bracket is a constant.
         q = vectors + (q - vectors).detach()
         if self.training:  # the codes move in the forward pass, as BatchNorm's averages do
             self.learn(vectors, ids)
@@ -185,7 +185,7 @@ class VQVAE(nn.Module):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]  # doubles
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
         self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
-        for module in self.modules():  # no layer normalises; He's weights (2015) keep the scale
+        for module in self.modules():  # no norm layers: He's weights (2015) where nothing doubles
             if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
 
@@ -256,8 +256,8 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             output, commitment, _ = model(torch.where(hidden, FILL, distorted))
-        ## The target is the photo as it was; what can be seen does not count, as copying it teaches
-        ## little (He et al. 2022). Had the mask been written into x itself, grey would be right
+        ## The target is the photo as it was. What can be seen does not count, as that gives better
+        ## features (He et al. 2022). Had the mask been written into x itself, grey would be right
         ## wherever the loss looks, and nothing be learned.
         loss = hidden_error(output, x, hidden) / args.variance + COMMITMENT * commitment
         optimizer.zero_grad()
@@ -365,7 +365,7 @@ def draw_toy(n, size, seed):
 
 def list_images(args):
     """The photos of pets, but for those that finetune.py validates and tests on; or all images
-    under a folder, but for those in folders of masks."""
+    under a folder, its test photos too, but none in folders of masks."""
     if args.data == "pets":
         base = Path(args.root, "oxford-iiit-pet")
         try:
@@ -496,7 +496,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)  # faster
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
-    args.checksum = args.parameters + photos.sum().item() + val.sum().item()
+    args.checksum = args.parameters + args.net[4] + photos.sum().item() + val.sum().item()
     print(f"model    VQ-VAE {args.net}, {args.parameters / 1e6:.2f} M parameters")
     history = []
     if args.resume:
@@ -506,7 +506,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # it holds no other runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -158,8 +158,8 @@ def dice_loss(logits, y, valid):
 
 
 def segmentation_loss(logits, masks):
-    """BCE, in which each pixel weighs the same, + Dice, in which each class does, however small; in
-    float32: logits (B, C, H, W), masks (B, H, W)."""
+    """BCE: each pixel weighs the same. Dice: each class does, however small. Their sum, in float32,
+    of logits (B, C, H, W), masks (B, H, W)."""
     logits, masks = logits.float(), masks[:, None]  # (B, 1, H, W)
     labels = torch.arange(logits.shape[1], device=masks.device).view(-1, 1, 1)
     y = (masks == labels).float()  # (B, C, H, W), one-hot, 0 everywhere at IGNORE
@@ -467,7 +467,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # it holds no other runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

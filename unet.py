@@ -1,14 +1,14 @@
-"""U-Net: an encoder, a decoder, and at every size a bridge between them.
+"""U-Net: an encoder, a decoder, and at every size a skip connection.
 
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
 class for every pixel (Ronneberger et al. 2015). At each size the decoder is
 handed what the encoder saw there, so it knows what is in the photo, and where.
 
     photo 3 x 64 x 64                                logits classes x 64 x 64
-    16 x 64 x 64 --------------- bridge ---------------> 16 x 64 x 64
-      32 x 32 x 32 ------------- bridge -------------> 32 x 32 x 32
-        64 x 16 x 16 ----------- bridge -----------> 64 x 16 x 16
-          128 x 8 x 8 ---------- bridge ---------> 128 x 8 x 8
+    16 x 64 x 64 ---------------- skip ----------------> 16 x 64 x 64
+      32 x 32 x 32 -------------- skip --------------> 32 x 32 x 32
+        64 x 16 x 16 ------------ skip ------------> 64 x 16 x 16
+          128 x 8 x 8 ----------- skip ----------> 128 x 8 x 8
             256 x 4 x 4 ------------------------^
 
 YOU WILL LEARN  how maps of two sizes are joined, and two ways to double one ->
@@ -16,7 +16,7 @@ Up; losses by hand -> bce_loss, dice_loss; all scores from one matrix of counts
 -> confusion. Comments with ## teach, those with # explain a line.
 
 RUN IT  python unet.py                           drawn cats and dogs
-        python unet.py --resume --epochs 24      goes on, learning rate up
+        python unet.py --resume --epochs 24      goes on to epoch 24
         python unet.py --data pets --up bilinear --width 24 --epochs 34
         python evaluate.py checkpoints/unet      scores on photos never seen
 
@@ -92,7 +92,7 @@ def double_conv(a, b):
 
 
 class Up(nn.Module):
-    """x (B, 2b, H, W), bridge (B, b, 2H, 2W) from the encoder -> (B, b, 2H, 2W)."""
+    """x (B, 2b, H, W), skip (B, b, 2H, 2W) from the encoder -> (B, b, 2H, 2W)."""
 
     def __init__(self, b, up):
         super().__init__()
@@ -106,9 +106,9 @@ class Up(nn.Module):
             self.enlarge = nn.Sequential(conv, nn.Upsample(scale_factor=2, mode="bilinear"))
         self.convs = double_conv(2 * b, b)
 
-    def forward(self, x, bridge):
+    def forward(self, x, skip):
         x = self.enlarge(x)  # (B, b, 2H, 2W)
-        x = torch.cat([bridge, x], dim=1)  # (B, 2b, 2H, 2W)
+        x = torch.cat([skip, x], dim=1)  # (B, 2b, 2H, 2W)
         return self.convs(x)  # (B, b, 2H, 2W)
 
 
@@ -130,14 +130,14 @@ class UNet(nn.Module):
 
     def forward(self, x):
         x = 4.4 * x - 2  # about mean 0, variance 1
-        ## Bridges are kept until the way up. The first has more numbers than all others together.
-        bridges = []
+        ## Skips are kept until the way up. The first has more numbers than all others together.
+        skips = []
         for block in self.down:
             x = block(x)  # (B, width, H, W), (B, 2 width, H/2, W/2), ...
-            bridges.append(x)
-        bridges.pop()  # the smallest is x itself
+            skips.append(x)
+        skips.pop()  # the smallest is x itself
         for block in self.up:
-            x = block(x, bridges.pop())
+            x = block(x, skips.pop())
         return self.head(x)  # (B, C, H, W)
 
 
@@ -161,8 +161,8 @@ def dice_loss(logits, y, valid):
 
 
 def segmentation_loss(logits, masks):
-    """BCE, in which each pixel weighs the same, + Dice, in which each class does, however small; in
-    float32: logits (B, C, H, W), masks (B, H, W)."""
+    """BCE: each pixel weighs the same. Dice: each class does, however small. Their sum, in float32,
+    of logits (B, C, H, W), masks (B, H, W)."""
     logits, masks = logits.float(), masks[:, None]  # (B, 1, H, W)
     labels = torch.arange(logits.shape[1], device=masks.device).view(-1, 1, 1)
     y = (masks == labels).float()  # (B, C, H, W), one-hot, 0 everywhere at IGNORE
@@ -467,7 +467,7 @@ def main(argv=None):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         history = last["history"]
-    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # no folder of runs
+    elif (out / "last.pt").exists() and not any(out.glob("*/")):  # it holds no other runs
         shutil.rmtree(f"{out}.prev", ignore_errors=True)
         out.rename(f"{out}.prev")
 

@@ -289,6 +289,15 @@ def test_resume_with_other_photos(folder, refuse):
     assert checkpoint("run.prev/last.pt")["args"]["checksum"] == before
 
 
+@pytest.mark.parametrize("name", ["vqvae", "pretrain"])
+def test_resume_with_another_codebook(name, folder, refuse):
+    """Codes are no parameters."""
+    small_run(name, folder, "--out", "run")
+    sizes = checkpoint("run/last.pt")["args"]["net"]
+    more = ["--resume", "--out", "run", "--net", *map(str, sizes[:4]), str(sizes[4] // 2)]
+    assert "or sizes" in refuse(name, *more)
+
+
 def test_a_folder_with_folders_is_moved_nowhere(folder):
     """--out on a folder of photos, typed three times: nothing but the run is written over."""
     photos = {path: path.read_bytes() for path in folder.rglob("*.*")}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import NAMES, ROOT, load
 
 RESULTS = ROOT / "tests/results"
@@ -63,7 +64,8 @@ def test_published_figures():
 @pytest.mark.parametrize(
     "name, arm, key",
     [
-        ("labels", "scratch, 100 %", "D4_accuracy"),
+        ("labels", "pre-trained, 100 %", "D4_accuracy"),
+        ("labels", "pre-trained, 100 %", "D1_dice"),
         ("models", "SegNet", "D2_dice"),
         ("models", "LinkNet", "D3_dice"),
     ],
@@ -72,6 +74,18 @@ def test_the_published_figures_of_the_readme(name, arm, key):
     e = load("experiments")
     (ours,) = e.grouped(read("published"), name)[arm].values()
     assert f"| {e.PUBLISHED[name, arm][key]:.3f} | {ours[key]:.4f} |" in README
+
+
+@pytest.mark.parametrize("arm", ["scratch", "pre-trained"])
+def test_a_smaller_network_on_blurred_photos(arm):
+    """Beside the published figures."""
+    e = load("experiments")
+    groups = e.grouped(read("experiments"), "blur")
+    means = []
+    for percent in (25, 50, 75, 100):
+        group = groups[f"VQ-VAE, {arm}, {percent} %"].values()
+        means.append(f"{e.spread([record['D1_dice'] for record in group])[0]:.3f}")
+    assert f"{', '.join(means[:3])} and {means[3]}" in PAGE
 
 
 def test_what_was_tried():
@@ -112,6 +126,15 @@ def test_what_to_expect(name):
     assert f"{score:.3f}" in row
     assert f"in {run['seconds']:.0f} s" in row and run["seconds"] < 120
     assert f"| `{run['command']}` | {run['seconds']:.0f} |" in PAGE and f"{score:.4f}" in PAGE
+
+
+def test_the_noise_of_the_drawings(monkeypatch):
+    """Of 512 drawn photos, in the units of the error: what is not there without their noise."""
+    draw_toy, randn = load("vqvae").draw_toy, torch.randn
+    noisy = draw_toy(512, (64, 64), 1)[0] / 255
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: 0 * randn(*shape, **options))
+    share = (noisy - draw_toy(512, (64, 64), 1)[0] / 255).square().mean() / noisy.var()
+    assert f"noise\nin the drawings alone is {share:.2f}." in load("vqvae").__doc__
 
 
 @pytest.mark.parametrize("name", NAMES)
