@@ -108,7 +108,7 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))  # 0: see learn
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors that each gets, averaged
 
     def forward(self, z):
         B, D, H, W = z.shape
@@ -271,7 +271,7 @@ def augment(images, masks):
 
 
 def finetune_epoch(model, optimizer, images, masks, args, epoch):
-    """One pass over the training photos -> mean loss, and the learning rate at its end."""
+    """One pass over the training photos -> mean loss, commitment included, and last learning rate."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
     ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.

@@ -128,7 +128,7 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))  # 0: see learn
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors that each gets, averaged
 
     def forward(self, z):
         B, D, H, W = z.shape

@@ -122,10 +122,10 @@ class UNet(nn.Module):
         for a, b in [(w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w), (8 * w, 16 * w)]:
             self.down.append(nn.Sequential(nn.MaxPool2d(2), double_conv(a, b)))
         self.up = nn.ModuleList([Up(8 * w, up), Up(4 * w, up), Up(2 * w, up), Up(w, up)])
-        ## Sigmoid or softmax? BCE asks of each class, is it here or not, so each has a sigmoid, and
-        ## the largest wins. With a softmax, as in linknet.py, classes compete; for two classes with
-        ## logits u and v it is e^v / (e^u + e^v) = sigmoid(v - u), so one channel would do. We keep
-        ## two, and nothing is a special case.
+        ## Sigmoid or softmax? BCE asks of each class, is it here or not: a sigmoid each, and the
+        ## largest wins. With a softmax, as in linknet.py, classes compete. For two classes with
+        ## logits u and v that is e^v / (e^u + e^v) = sigmoid(v - u), so one channel would do. We
+        ## keep two, and nothing is a special case.
         self.head = nn.Conv2d(w, classes, 1)
 
     def forward(self, x):

@@ -110,7 +110,7 @@ class Quantiser(nn.Module):
     def __init__(self, K, D):
         super().__init__()
         self.register_buffer("codes", torch.zeros(K, D))  # 0: see learn
-        self.register_buffer("shares", torch.zeros(K))  # of the vectors, moving averages
+        self.register_buffer("shares", torch.zeros(K))  # of the vectors that each gets, averaged
 
     def forward(self, z):
         B, D, H, W = z.shape
@@ -393,7 +393,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
     args.checksum = args.parameters + args.net[4] + photos.sum().item() + val.sum().item()
-    bits = math.log2(max(1, args.net[4])) / (3 * 8 * 4 ** args.net[3])  # of a cell, of its pixels
+    bits = math.log2(max(1, args.net[4])) / (3 * 8 * 4 ** args.net[3])  # a code's / its pixels'
     print(f"model    VQ-VAE, {args.parameters / 1e6:.2f} M parameters, {bits:.1%} of the bits")
     history = []
     if args.resume:
