@@ -271,7 +271,7 @@ def augment(images, masks):
 
 
 def finetune_epoch(model, optimizer, images, masks, args, epoch):
-    """One pass over the training photos -> mean loss, commitment included, and last learning rate."""
+    """One pass over the training photos -> mean loss (with commitment), last learning rate."""
     model.train()
     ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
     ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.

@@ -81,12 +81,12 @@ def parse_args(argv=None):
 # --- model ---------------------------------------------------------------------------------------
 ## In U-Net every size takes about equal work. A ResNet goes down to a quarter of the side at once,
 ## and a block of the decoder works at a quarter of its channels: LinkNet hands the encoder's maps
-## across as U-Net does, for a fraction of the multiply-adds.
+## across as U-Net does, for a fraction of the multiply-adds of one with as many channels.
 
 
-def conv_bn(a, b, side):
+def conv_bn(a, b, kernel):
     """(B, a, H, W) -> (B, b, H, W): convolution, batch normalisation, ReLU."""
-    conv = nn.Conv2d(a, b, side, padding=side // 2, bias=False)
+    conv = nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(inplace=True))
 
 
@@ -94,8 +94,8 @@ def doubled(a, b, up):
     """(B, a, H, W) -> (B, b, 2H, 2W): learned up-sampling, batch normalisation, ReLU."""
     ## A transposed 3x3 convolution with stride 2 paints a 3x3 block for every input pixel; blocks
     ## overlap in every second row and column, which may show as a chequered pattern. Sub-pixel
-    ## convolution (Shi et al. 2016) makes four times the channels and sorts them into 2x2 blocks:
-    ## no pixel is painted more often, and if the four filters start equal (ICNR), none looks other.
+    ## convolution (Shi et al. 2016) makes four times the channels and sorts them into 2x2 blocks,
+    ## without overlap, and without a pattern if four filters start equal (ICNR, Aitken 2017).
     if up == "transpose":
         conv = nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1, bias=False)
     else:
@@ -159,14 +159,14 @@ def class_weights(masks, classes):
 
 def weighted_ce(logits, masks, weights):
     """Cross-entropy, weighted mean over the pixels, in float32: logits (B, C, H, W), masks
-    (B, H, W). A softmax over the classes, where unet.py has a sigmoid of each."""
+    (B, H, W). A softmax over the classes, where unet.py has a sigmoid of each.
+    F.cross_entropy(logits, labels, weight, ignore_index=IGNORE) is the same."""
     valid = masks != IGNORE
-    labels = masks.long() * valid  # (B, H, W), 0 where nothing counts
+    labels = masks.long() * valid  # (B, H, W), 0 where ignored
     log_p = logits.float().log_softmax(1)  # (B, C, H, W)
     log_true = log_p.gather(1, labels[:, None])[:, 0]  # (B, H, W), of the true class
-    weights = torch.tensor(weights, device=masks.device)
-    weights = weights[labels] * valid  # (B, H, W)
-    return -(log_true * weights).sum() / weights.sum().clamp(min=1e-9)
+    weight = torch.tensor(weights, device=masks.device)[labels] * valid  # (B, H, W)
+    return -(log_true * weight).sum() / weight.sum().clamp(min=1e-9)
 
 
 def confusion(logits, masks):

@@ -2,21 +2,21 @@
 
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
 class for every pixel (Badrinarayanan et al. 2017). The encoder is VGG-16, the
-decoder its mirror. The places of the maxima are handed across, not the maps.
+decoder its mirror. The indices of the maxima are handed across, not the maps.
 
     photo 3 x 64 x 64                                logits classes x 64 x 64
-    16 x 64 x 64 ----------------- places --------------> 16 x 64 x 64
-      32 x 32 x 32 --------------- places ------------> 32 x 32 x 32
-        64 x 16 x 16 ------------- places ----------> 64 x 16 x 16
-          128 x 8 x 8 ------------ places --------> 128 x 8 x 8
-            128 x 4 x 4 ---------- places ------> 128 x 4 x 4
+    16 x 64 x 64 ---------------- indices --------------> 16 x 64 x 64
+      32 x 32 x 32 -------------- indices ------------> 32 x 32 x 32
+        64 x 16 x 16 ------------ indices ----------> 64 x 16 x 16
+          128 x 8 x 8 ----------- indices --------> 128 x 8 x 8
+            128 x 4 x 4 --------- indices ------> 128 x 4 x 4
               128 x 2 x 2 -----------------------^
 
 YOU WILL LEARN  un-pooling with indices -> SegNet; how a convolutional network
-learns from photos without labels -> fill_loss
+learns without labels -> fill_loss
 
 RUN IT  python segnet.py                         drawn cats and dogs
-        python segnet.py --epochs 24 --pretrain 8    8 of them without labels
+        python segnet.py --epochs 24 --pretrain 8    8 of them ignore the labels
         python segnet.py --data pets --size 96 --width 32
         python evaluate.py checkpoints/segnet    scores on photos never seen
 
@@ -83,7 +83,8 @@ def parse_args(argv=None):
 
 # --- model ---------------------------------------------------------------------------------------
 ## Max-pooling keeps the largest of four values and forgets which it was, and so where edges are.
-## SegNet remembers. Un-pooling puts values back there, and the next convolutions fill the zeros.
+## SegNet remembers, 2 bits for a window, where U-Net keeps whole maps. Un-pooling puts values back
+## there, and the next convolutions fill the zeros.
 
 
 def convs(*widths):
@@ -103,7 +104,7 @@ class SegNet(nn.Module):
         w1, w2, w4, w8 = width, 2 * width, 4 * width, 8 * width
         encoder = [convs(3, w1, w1), convs(w1, w2, w2), convs(w2, w4, w4, w4)]
         encoder += [convs(w4, w8, w8, w8), convs(w8, w8, w8, w8)]
-        # A block ends with as many channels as the next un-pooling has places.
+        # A block ends with the channels of the indices that come next.
         decoder = [convs(w8, w8, w8, w8), convs(w8, w8, w8, w4)]
         decoder += [convs(w4, w4, w4, w2), convs(w2, w2, w1), convs(w1, w1)]
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
@@ -113,13 +114,13 @@ class SegNet(nn.Module):
     def features(self, x):
         """The last maps, (B, width, H, W)."""
         x = 4.4 * x - 2  # about mean 0, variance 1
-        places = []
+        indices = []
         for block in self.encoder:
-            ## place: row x W + column, in its map, of the pixel that each maximum came from.
-            x, place = F.max_pool2d(block(x), 2, return_indices=True)
-            places.append(place)  # (B, width, H/2, W/2), (B, 2 width, H/4, W/4), ...
+            ## index: row x W + column of each maximum, in the map before pooling.
+            x, index = F.max_pool2d(block(x), 2, return_indices=True)
+            indices.append(index)  # (B, width, H/2, W/2), (B, 2 width, H/4, W/4), ...
         for block in self.decoder:
-            x = block(F.max_unpool2d(x, places.pop(), 2))  # back to (B, width, H, W)
+            x = block(F.max_unpool2d(x, indices.pop(), 2))  # back to (B, width, H, W)
         return x
 
     def forward(self, x):
@@ -127,10 +128,9 @@ class SegNet(nn.Module):
 
 
 def fill_loss(model, x):
-    """A masked autoencoder: photos x (B, 3, H, W) with grey patches go in, the photos as they were
-    are to come out -> mean squared error of what was hidden (after He et al. 2022)."""
-    ## Patches of 8 pixels are too large to be guessed from their rims: filling in an ear takes
-    ## knowing cats. Were the photo with the patches the target, grey would be the right answer.
+    """Photos x (B, 3, H, W) with grey patches go in, the photos as they were are to come out ->
+    mean squared error of what was hidden (as SimMIM, Xie et al. 2022)."""
+    ## Patches of 8 pixels are hard to guess from their rims: an ear takes knowing cats.
     B, _, H, W = x.shape
     hidden = torch.rand(B, 1, H // 8, W // 8, device=x.device) < 0.6
     hidden = F.interpolate(hidden.float(), size=(H, W))  # (B, 1, H, W) of 0 and 1
