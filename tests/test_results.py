@@ -57,6 +57,9 @@ def test_published_figures():
         assert line in PAGE
     for record in records:
         assert f"| {record['minutes']} | `{record['command']}` |" in PAGE
+        if record["experiment"] == "retina":
+            assert f"Dice of {record['test_dice_of_vessels']:.4f}" in PAGE
+            assert f"mean IoU of {record['test_miou']:.4f}" in PAGE
         if record["pretraining"]:
             assert f"| {record['pretraining_minutes']} | `{record['pretraining']}` |" in PAGE
 
