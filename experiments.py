@@ -390,8 +390,8 @@ def markdown(records, name):
 
 
 def published(records):
-    """The published figures, ours under the same definition, and our plain test mIoU."""
-    lines = ["### published", "", "| | score | theirs | ours | | test mIoU |", "|---" * 6 + "|"]
+    """The published figures, ours under the same definition, and our plain mIoU."""
+    lines = ["### published", "", "| | score | theirs | ours | | our mIoU |", "|---" * 6 + "|"]
     for (name, arm), theirs in PUBLISHED.items():
         group = grouped(records, name).get(arm)
         if not group:
