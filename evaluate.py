@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
     p.add_argument("--split", choices=["test", "val", "train"], default="test", help="tune on val")
-    p.add_argument("--blur", type=float, default=0.0, help="by tens; 100: radius 10 of 120 pixels")
+    p.add_argument("--blur", type=float, default=0.0, help="10 to 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
@@ -102,7 +102,7 @@ def check_pairs(pairs):
             pattern = r"str [\w.-]*|list \[('[\w.-]*'(, )?)*\]|NoneType None"
         found = f"{type(value).__name__} {value}"
         if not re.fullmatch(pattern, found, re.DOTALL) or not re.fullmatch(r"[\w.-]*", key):
-            raise ValueError(f"{key} {value!r:.99}: wanted one tensor in, one out, a size of batch")
+            raise ValueError(f"{key} {value!r:.99}: wanted one tensor in, one out, any batch size")
     return dict(pairs)
 
 
@@ -242,7 +242,7 @@ def published_scores(counts, soft, classes):
     def pooled(sums, size):  # batches of photos counted together
         return torch.stack([part.sum(0) for part in sums.split(size)])
 
-    # D1: soft, of each photo, its classes counted together. Of outputs 0 or 1 and three classes it
+    # D1: soft, of each photo, its classes counted together. Of one-hot outputs of three classes it
     # is the accuracy. D2: a second sigmoid on top: P is 0.5 to 0.73, and low even if all is right.
     # D6: as D1, but 4 photos are counted together; published as a loss, 1 - D6.
     pools = {"D1": soft[:, 0], "D2": soft[:, 1], "D6": pooled(soft[:, 0], 4)}
@@ -255,7 +255,7 @@ def published_scores(counts, soft, classes):
     total = (counts.sum(1) + counts.sum(2))[:, first:]
     # D3: hard, mean over classes, batches of 32 photos counted together. Absent: no Dice, IoU 1.
     i, s = pooled(both, 32), pooled(total, 32)
-    result["D3_dice"] = (2 * i / s).nanmean(1).nanmean().nan_to_num(1).item()
+    result["D3_dice"] = (2 * i / s).nanmean(1).nanmean().item()
     result["D3_iou"] = ((i + 1e-6) / (s - i + 1e-6)).mean().item()
     # D4: accuracy of each photo, mean over photos.
     result["D4_accuracy"] = (right.sum(1) / counts.sum((1, 2))).nanmean().item()
@@ -265,7 +265,7 @@ def published_scores(counts, soft, classes):
     there = counts.sum(2)[:, first:] > 0
     dice = (2 * both / total).where(there, torch.nan).nanmean(1)  # (N,)
     batches = torch.stack([part.nanmean() for part in dice.split(8)])
-    result["D7_dice"] = batches.nanmean().nan_to_num(1).item()
+    result["D7_dice"] = batches.nanmean().item()
     return result
 
 
@@ -335,7 +335,7 @@ def list_photos(args):
             photos, masks = base / "images", base / "annotations/trimaps"
             parts[part] = [(photos / f"{name}.jpg", masks / f"{name}.png") for name in names]
     else:
-        for folder in ["train", "val", "valid", "test"]:
+        for folder in ["train", "val", "valid", "test"]:  # valid is kept as val
             if Path(args.data, folder, "images").exists():
                 parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
     train = parts.get("train") or list_folder(args.data)
@@ -358,9 +358,9 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it is black and white: there white may be number 0.)
+        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
-        if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
+        if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke
@@ -410,7 +410,7 @@ def save(path, write):
 # --- pictures ------------------------------------------------------------------------------------
 COLOURS = torch.randint(40, 255, (256, 3), generator=torch.Generator().manual_seed(4)).byte()
 COLOURS[:3] = torch.tensor([[255, 120, 0], [0, 0, 0], [255, 255, 255]])  # pet, ground, border
-COLOURS[254:] = 0  # ignored; of two classes background and ignored, as they are rolled by one
+COLOURS[254:] = 0  # 255, ignored; with two classes, rolled by one: 254 ignored, 255 background
 
 
 def draw_overlay(path, images, masks, answers, first):

@@ -127,8 +127,8 @@ class LinkNet(nn.Module):
         self.block4 = decoder_block(512, 256, up)
         self.block3 = decoder_block(256, 128, up)
         self.block2 = decoder_block(128, 64, up)
-        same_size = [conv_bn(64, 16, 1), conv_bn(16, 16, 3), conv_bn(16, 64, 1)]
-        self.block1 = nn.Sequential(*same_size)  # the mirror of layer1, which does not halve
+        # The mirror of layer1, which does not halve.
+        self.block1 = nn.Sequential(conv_bn(64, 16, 1), conv_bn(16, 16, 3), conv_bn(16, 64, 1))
         self.last = nn.Sequential(doubled(64, 32, up), conv_bn(32, 32, 3))
         self.head = nn.ConvTranspose2d(32, classes, 2, stride=2)
 
@@ -159,8 +159,8 @@ def class_weights(masks, classes):
 
 def weighted_ce(logits, masks, weights):
     """Cross-entropy, weighted mean over the pixels, in float32: logits (B, C, H, W), masks
-    (B, H, W). A softmax over the classes, where unet.py has a sigmoid of each.
-    F.cross_entropy(logits, labels, weight, ignore_index=IGNORE) is the same."""
+    (B, H, W). A softmax over the classes, where unet.py has a sigmoid of each. The same is
+    F.cross_entropy(logits, masks.long(), torch.tensor(weights), ignore_index=IGNORE)."""
     valid = masks != IGNORE
     labels = masks.long() * valid  # (B, H, W), 0 where ignored
     log_p = logits.float().log_softmax(1)  # (B, C, H, W)
@@ -205,7 +205,7 @@ def print_baseline(counts, classes):
 
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, mirrored or not, in other light."""
-    ## No zoom: enlarging the photos of pets by 1 to 1.6 lowered mean IoU by 1.5 points.
+    ## No zoom: enlarging the photos of pets by 1 to 1.6 cost U-Net 1.5 points of mean IoU.
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -348,7 +348,7 @@ def list_photos(args):
             photos, masks = base / "images", base / "annotations/trimaps"
             parts[part] = [(photos / f"{name}.jpg", masks / f"{name}.png") for name in names]
     else:
-        for folder in ["train", "val", "valid", "test"]:
+        for folder in ["train", "val", "valid", "test"]:  # valid is kept as val
             if Path(args.data, folder, "images").exists():
                 parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
     train = parts.get("train") or list_folder(args.data)
@@ -371,9 +371,9 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it is black and white: there white may be number 0.)
+        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
-        if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
+        if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke

@@ -22,7 +22,7 @@ RUN IT  python unet.py                           drawn cats and dogs
 
 WHAT TO EXPECT  Toy: test mIoU 0.83, a minute on two cores; all one class: 0.23
 DIFFERS FROM THE PAPER  Convolutions are padded (the paper crops) and followed
-by batch normalisation; AdamW, BCE + Dice, no extra loss near the borders.
+by batch normalisation; AdamW, BCE + Dice, no extra weight near the borders.
 """
 
 import json
@@ -84,11 +84,9 @@ def parse_args(argv=None):
 
 def double_conv(a, b):
     """(B, a, H, W) -> (B, b, H, W): the paper's pair of 3x3 convolutions, which see 5x5 pixels."""
-    layers = []
-    for channels in [a, b]:
-        conv = nn.Conv2d(channels, b, 3, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    first = [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+    second = [nn.Conv2d(b, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+    return nn.Sequential(*first, *second)
 
 
 class Up(nn.Module):
@@ -154,10 +152,10 @@ def bce_loss(logits, y, valid):
 
 
 def dice_loss(logits, y, valid):
-    """1 - Dice, a mean of (2 sum(p y) + 1) / (sum(p) + sum(y) + 1); + 1, as both may be empty."""
+    """1 - Dice, the mean over photos and classes of (2 sum(p y) + 1) / (sum(p) + sum(y) + 1)."""
     p = logits.sigmoid() * valid
     both, total = (p * y).sum((2, 3)), (p + y).sum((2, 3))  # (B, C)
-    return 1 - ((2 * both + 1) / (total + 1)).mean()
+    return 1 - ((2 * both + 1) / (total + 1)).mean()  # + 1, as a class may be nowhere
 
 
 def segmentation_loss(logits, masks):
@@ -206,7 +204,7 @@ def print_baseline(counts, classes):
 
 def augment(images, masks):
     """uint8 (B, 3, H, W), (B, H, W) -> x in [0, 1] and masks, mirrored or not, in other light."""
-    ## No zoom: enlarging the photos of pets by 1 to 1.6 lowered mean IoU by 1.5 points.
+    ## No zoom: enlarging the photos of pets by 1 to 1.6 cost U-Net 1.5 points of mean IoU.
     B = len(images)
     mirror = torch.rand(B, 1, 1, device=images.device) < 0.5
     masks = torch.where(mirror, masks.flip(2), masks)
@@ -349,7 +347,7 @@ def list_photos(args):
             photos, masks = base / "images", base / "annotations/trimaps"
             parts[part] = [(photos / f"{name}.jpg", masks / f"{name}.png") for name in names]
     else:
-        for folder in ["train", "val", "valid", "test"]:
+        for folder in ["train", "val", "valid", "test"]:  # valid is kept as val
             if Path(args.data, folder, "images").exists():
                 parts[folder.removesuffix("id")] = list_folder(Path(args.data, folder))
     train = parts.get("train") or list_folder(args.data)
@@ -372,9 +370,9 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it is black and white: there white may be number 0.)
+        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
-        if mask.mode == "P" and mask.format == "PNG" and set(np.unique(labels)) - {0, 255}:
+        if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
         return np.dstack([photo, labels])
     except Exception as error:  # whatever a broken file can provoke

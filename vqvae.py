@@ -2,7 +2,7 @@
 
 WHAT IT DOES  Photos (B, 3, H, W) go in, the same photos come out, and on the
 way there is one of 512 codes for every 4 x 4 pixels: (B, H/4, W/4) numbers of 9
-bits stand for the photo (van den Oord et al. 2017, arXiv:1711.00937). Next,
+bits, 2.3 % of the photo's (van den Oord et al. 2017, arXiv:1711.00937). Next,
 pretrain.py has the same network guess what is hidden of a photo.
 
     3 x 64 x 64                                     3 x 64 x 64
@@ -24,9 +24,10 @@ RUN IT  python vqvae.py                          drawn cats and dogs
 WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after a minute on two cores. The noise
 in the drawings alone is 0.25.
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
-DIFFERS FROM THE PAPER  The codebook's averages forget faster (0.9 a step; 0.99
-in Sonnet, the authors' code), as early on the encoder outruns slow averages.
-Codes start from data, unused ones move to data.
+DIFFERS FROM THE PAPER  The codes are moving averages, which its appendix A.1
+names but its experiments did not use. They forget faster (0.9 a step; there
+0.99), as early on the encoder outruns slow averages. Codes start from data,
+unused ones move to data.
 """
 
 import json
@@ -52,7 +53,7 @@ from torchvision.utils import save_image
 
 SCRIPT = "vqvae.py"
 MASKS = {"masks", "labels", "annotations", "trimaps", "SegmentationClass", "SegmentationObject"}
-DECAY = 0.9  # of the codebook's averages; Sonnet, the authors' code: 0.99
+DECAY = 0.9  # of the codebook's averages; 0.99 in appendix A.1 of the paper
 COMMITMENT = 0.25  # weight of the commitment loss, as in Sonnet
 NET = [128, 32, 2, 2, 512]  # width, hidden width, residual blocks, halvings, codes: Sonnet's
 
@@ -144,7 +145,7 @@ class Quantiser(nn.Module):
         dead = shares < 0.1 / K  # tuned
         picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], picked, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))  # 1 / K lasts 21 steps without vectors
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # dead after 22 steps without vectors
 
 
 class VQVAE(nn.Module):
@@ -167,7 +168,7 @@ class VQVAE(nn.Module):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]  # doubles
         self.decoder = nn.Sequential(*decoder, nn.ReLU())
         self.head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
-        for module in self.modules():  # no norm layers: He's weights (2015) where nothing doubles
+        for module in self.modules():  # no norm layers, so He's weights (2015) in each Conv2d
             if isinstance(module, nn.Conv2d) and module.weight.any():  # spare Residual's zeros
                 nn.init.kaiming_normal_(module.weight)
 
@@ -232,7 +233,7 @@ def measure(model, images, args):
         "val_error": error / args.variance,
         "val_psnr": -10 * math.log10(error),  # in dB; half the error is 3 dB more
         "val_perplexity": torch.exp(-torch.xlogy(share, share).sum()).item(),
-        "val_used": (use > 0).sum().item(),
+        "val_used": use.count_nonzero().item(),
     }
 
 
@@ -384,7 +385,7 @@ def main(argv=None):
 
     ## 1. The photos, a tenth of them to validate with.
     photos, val = load_images(args)
-    args.variance = (photos[:2000] / 255).var().item()
+    args.variance = (photos[:2000] / 255).var().item()  # the unit of errors: that of one grey
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
@@ -393,8 +394,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
     args.checksum = args.parameters + args.net[4] + photos.sum().item() + val.sum().item()
-    bits = math.log2(max(1, args.net[4])) / (3 * 8 * 4 ** args.net[3])  # a code's / its pixels'
-    print(f"model    VQ-VAE, {args.parameters / 1e6:.2f} M parameters, {bits:.1%} of the bits")
+    print(f"model    VQ-VAE {args.net}, {args.parameters / 1e6:.2f} M parameters")
     history = []
     if args.resume:
         last = load_checkpoint(out / "last.pt", SCRIPT)

@@ -218,6 +218,19 @@ def test_a_rare_label_may_be_missing(tmp_path):
     assert args.classes == [str(label) for label in range(150)] and 75 not in masks
 
 
+def test_a_mask_that_shows_two_colours_of_a_palette_keeps_its_numbers(tmp_path):
+    """evaluate.py --photos has black for 1 and white for 2: alone, they look black and white."""
+    drawn(1, (16, 16))[0].save(tmp_path / "photo.png")
+    labels = np.ones((16, 16), np.uint8)
+    labels[:4] = 2
+    mask = Image.fromarray(labels, "P")
+    mask.putpalette([255, 120, 0, 0, 0, 0, 255, 255, 255])
+    mask.save(tmp_path / "mask.png")
+    args = m.parse_args(["--size", "16"])
+    pixels = m.read_pair((tmp_path / "photo.png", tmp_path / "mask.png"), args)
+    assert np.array_equal(pixels[..., 3], labels)
+
+
 def test_255_among_labels_does_not_count(tmp_path):
     """The void of Pascal VOC, whose masks are indices into a palette of colours."""
     colours = np.random.default_rng(0).integers(0, 256, 768).tolist()

@@ -26,6 +26,14 @@ def commands():
     return sorted({(file, command.strip()) for file, command in found})
 
 
+@pytest.mark.parametrize("name", ["segnet", "linknet"])
+def test_as_many_lines_are_new_as_the_readme_says(name):
+    typed = ["diff", "unet.py", f"{name}.py"]
+    found = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True).stdout
+    new = sum(line.startswith(">") for line in found.splitlines())
+    assert re.search(rf"`{' '.join(typed)}` (shows )?what is new in \w+, {new} lines", README)
+
+
 def test_there_are_commands_in_every_docstring():
     assert {file for file, _ in commands()} >= {f"{name}.py" for name in NAMES}
 
