@@ -335,6 +335,10 @@ def test_pets_that_cannot_be_downloaded(name, monkeypatch, refused):
     small_run(name, "pets", "--root", "here")
 
 
+def test_no_cats_and_dogs(here, refused):
+    assert "--download fetches" in refused("pretrain", "--data", "catdog")
+
+
 @pytest.mark.parametrize(
     "module, folder, url",
     [

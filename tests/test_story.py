@@ -282,14 +282,18 @@ def test_catdog_of_one_collection(here, catdog, capsys):
 
 
 def test_download_fetches_what_is_missing(catdog, monkeypatch):
-    """It unpacks beside the others, and counts only when it is whole."""
+    """It unpacks beside the others, and counts only when it is whole. torchvision would take half a
+    file, of a download that was stopped, for a whole one: it is gone before."""
     m, fetched = load("pretrain"), []
 
     def fetch(url, folder, remove_finished):
         fetched.append(url)
+        assert not (folder / "images.tar").exists()
         shutil.copytree(catdog / "PetImages", folder / "Images")
 
     shutil.rmtree(catdog / "Images")
+    (catdog / "unpacking").mkdir()
+    (catdog / "unpacking/images.tar").write_text("half of it")
     monkeypatch.setattr(m.datasets.utils, "download_and_extract_archive", fetch)
     cats, dogs = m.list_catdog(m.parse_args([*CATDOG, str(catdog), "--download"]))
     assert fetched == [m.COLLECTIONS["Images"]]
