@@ -517,7 +517,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)  # faster
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     args.parameters = sum(weight.numel() for weight in model.parameters())
-    args.checksum = args.parameters + sum(tensor.sum().item() for tensor in photos + val)
+    args.checksum = args.parameters + args.net[4] + sum(t.sum().item() for t in photos + val)
     print(f"model    VQ-VAE {args.net}, {args.parameters / 1e6:.2f} M parameters")
     history = []
     if args.resume:

@@ -245,8 +245,9 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         mirror = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
         x = torch.where(mirror, x.flip(3), x)
         distorted = x
-        for kind in sorted(args.distort, reverse=True):  # z to a: rotate first
-            distorted = torch.stack([DISTORTIONS[kind](image) for image in distorted])
+        for kind in DISTORTIONS:  # rotate comes first
+            if kind in args.distort:
+                distorted = torch.stack([DISTORTIONS[kind](image) for image in distorted])
             if kind == "rotate":  # the target turns too; jitter and grey are to be undone
                 x = distorted
         hidden = draw_masks(len(x), args).to(x.device)
@@ -296,21 +297,6 @@ def check(model, images, masks, args):
     }
 
 
-@torch.inference_mode()
-def finish_masked(model, images, masks, args):
-    """The best epoch's samples.png: photos, what is seen of them, the holes filled; result.json."""
-    out, x = Path(args.out), images[:8] / 255
-    result = load_checkpoint(out / "best.pt", SCRIPT)
-    model.load_state_dict(result.pop("model"))
-    masked = torch.where(masks[:8], FILL, x)
-    output, _, _ = model.cpu().eval()(masked)
-    rows = torch.cat([x, masked, torch.where(masks[:8], output, x)])
-    save(out / "samples.png", lambda file: save_image(rows, file, nrow=len(x)))
-    text = json.dumps(result | {"torch": torch.__version__}, indent=1)
-    save(out / "result.json", lambda file: file.write_text(text))
-    print(f"best     epoch {result['metrics']['epoch']}  {out / 'best.pt'}  {out / 'samples.png'}")
-
-
 def pretrain(model, optimizer, history, photos, val, masks, args):
     """The epochs that are not in history yet. Each leaves log.jsonl, and last.pt for --resume;
     one with the lowest loss on the validation photos so far leaves best.pt."""
@@ -332,6 +318,21 @@ def pretrain(model, optimizer, history, photos, val, masks, args):
         save(out / "last.pt", lambda file: torch.save(state, file))
         numbers = "".join(f"{value:9.4f}" for value in list(row.values())[1:])
         print(f"{epoch + 1:3}/{args.epochs:<3}{numbers}{' *' if best else ''}")
+
+
+@torch.inference_mode()
+def finish_masked(model, images, masks, args):
+    """The best epoch's samples.png: photos, what is seen of them, the holes filled; result.json."""
+    out, x = Path(args.out), images[:8] / 255
+    result = load_checkpoint(out / "best.pt", SCRIPT)
+    model.load_state_dict(result.pop("model"))
+    masked = torch.where(masks[:8], FILL, x)
+    output, _, _ = model.cpu().eval()(masked)
+    rows = torch.cat([x, masked, torch.where(masks[:8], output, x)])
+    save(out / "samples.png", lambda file: save_image(rows, file, nrow=len(x)))
+    text = json.dumps(result | {"torch": torch.__version__}, indent=1)
+    save(out / "result.json", lambda file: file.write_text(text))
+    print(f"best     epoch {result['metrics']['epoch']}  {out / 'best.pt'}  {out / 'samples.png'}")
 
 
 # --- data (the same in every script that has it) -------------------------------------------------

@@ -289,7 +289,7 @@ def test_resume_with_other_photos(folder, refuse):
     assert checkpoint("run.prev/last.pt")["args"]["checksum"] == before
 
 
-@pytest.mark.parametrize("name", ["vqvae", "pretrain"])
+@pytest.mark.parametrize("name", ["vqvae", "pretrain", "finetune"])
 def test_resume_with_another_codebook(name, folder, refuse):
     """Codes are no parameters."""
     small_run(name, folder, "--out", "run")
