@@ -273,11 +273,11 @@ def published_scores(counts, soft, classes):
 def run_program(segment, images, masks, args):
     """A program over a whole split -> matrices (N, C, C), soft sums (N, 2, 2)."""
     counts, soft = [], []
-    for x, y in zip(images.split(args.batch_size), masks.split(args.batch_size)):
-        x, y = x.to(args.device) / 255, y.to(args.device)
+    for x, truth in zip(images.split(args.batch_size), masks.split(args.batch_size)):
+        x, truth = x.to(args.device) / 255, truth.to(args.device)
         logits = segment(x)
-        counts += map(confusion, logits.split(1), y.split(1))  # of each photo
-        soft.append(soft_sums(logits, y))
+        counts += map(confusion, logits.split(1), truth.split(1))  # of each photo
+        soft.append(soft_sums(logits, truth))
     return torch.stack(counts).cpu(), torch.cat(soft).cpu()
 
 

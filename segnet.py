@@ -225,7 +225,7 @@ def segnet_epoch(model, optimizer, images, masks, args, epoch):
     batches = torch.randperm(len(images), device=images.device).tensor_split(steps)  # even parts
     total = 0.0
     for step, batch in enumerate(batches):
-        x, y = augment(images[batch], masks[batch])
+        x, truth = augment(images[batch], masks[batch])
         ## Warm-up over the first twentieth of the run, and half a cosine from the peak to 0.
         done = (epoch + (step + 0.5) / steps) / args.epochs  # from 0 to 1
         lr = args.lr * min(1, 20 * done) * 0.5 * (1 + math.cos(math.pi * done))
@@ -234,7 +234,7 @@ def segnet_epoch(model, optimizer, images, masks, args, epoch):
             if epoch < args.pretrain:  # without labels
                 loss = fill_loss(model, x)
             else:
-                loss = segmentation_loss(model(x), y)
+                loss = segmentation_loss(model(x), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,10 +249,10 @@ def validate(model, images, masks, args):
     """Mean loss and scores of a whole split."""
     model.eval()
     total, counts = 0.0, 0
-    for x, y in zip(images.split(args.batch_size), masks.split(args.batch_size)):
-        logits = model(x / 255)
-        total += segmentation_loss(logits, y).item() * len(x)
-        counts += confusion(logits, y)
+    for photos, truth in zip(images.split(args.batch_size), masks.split(args.batch_size)):
+        logits = model(photos / 255)
+        total += segmentation_loss(logits, truth).item() * len(photos)
+        counts += confusion(logits, truth)
     return {"val_loss": total / len(images)} | scores(counts)
 
 
