@@ -17,10 +17,11 @@ RUN IT  python pretrain.py --mask 0.05-0.25      drawn cats and dogs
         python finetune.py --frac 0.5            stage 2
         python pretrain.py --data catdog --download --size 128 --epochs 20
 
-WHAT TO EXPECT  Toy: hidden 0.51, fill 0.75 after a minute on two cores.
+WHAT TO EXPECT  Toy, after a minute on two cores: an error of 0.51 of what is
+hidden (`hidden`), where each photo's mean colour would have 0.75 (`fill`).
 A broken run: `hidden` stays near `fill`, `used` below 50 of 512.
 DIFFERS FROM THE PAPERS  No adversarial loss, no transformer, less is hidden;
-the codebook is that of vqvae.py.
+its codes learn as those of vqvae.py do.
 """
 
 import json
@@ -162,7 +163,7 @@ class Quantiser(nn.Module):
         dead = shares < 0.1 / K  # tuned
         picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], picked, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))  # dead after 22 steps without vectors
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # from 1 / K, dead in 22 idle steps
 
 
 class VQVAE(nn.Module):
@@ -257,7 +258,7 @@ def pretrain_epoch(model, optimizer, images, args, epoch):
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             output, commitment, _ = model(torch.where(hidden, FILL, distorted))
-        ## The target is the photo as it was. What can be seen does not count, as that gives better
+        ## The target is the photo as it was. Only what is hidden counts, as that gives better
         ## features (He et al. 2022). Had the mask been written into x itself, grey would be right
         ## wherever the loss looks, and nothing be learned.
         loss = hidden_error(output, x, hidden) / args.variance + COMMITMENT * commitment
@@ -484,7 +485,7 @@ def main(argv=None):
 
     ## 1. The photos, a tenth of them to validate with, under masks that never change.
     photos, val = load_photos(args)
-    args.variance = (photos[:2000] / 255).var().item()  # the unit of errors: that of one grey
+    args.variance = (photos[:2000] / 255).var().item()  # the unit of errors: one grey has 1
     torch.manual_seed(0)
     masks = draw_masks(len(val), args)
 

@@ -1,9 +1,9 @@
 """VQ-VAE: photos, without labels, drawn from a small grid of codes.
 
-WHAT IT DOES  Photos (B, 3, H, W) go in, the same photos come out, and on the
-way there is one of 512 codes for every 4 x 4 pixels: (B, H/4, W/4) numbers of 9
-bits, 2.3 % of the photo's (van den Oord et al. 2017, arXiv:1711.00937). Next,
-pretrain.py has the same network guess what is hidden of a photo.
+WHAT IT DOES  Photos (B, 3, H, W) go in, the same photos come out. In between,
+one of 512 codes (9 bits) stands for every 4 x 4 pixels (384 bits): numbers
+(B, H/4, W/4), 2.3 % of a photo (van den Oord et al. 2017, arXiv:1711.00937).
+Next, pretrain.py trains such a network anew, to guess what is hidden.
 
     3 x 64 x 64                                     3 x 64 x 64
       64 x 32 x 32                               64 x 32 x 32
@@ -21,8 +21,8 @@ RUN IT  python vqvae.py                          drawn cats and dogs
         python vqvae.py --data pets --epochs 12
         python vqvae.py --net 256 256 4 2 512    a larger network
 
-WHAT TO EXPECT  Toy: error 0.32, 18.9 dB after a minute on two cores. The noise
-in the drawings alone is 0.25.
+WHAT TO EXPECT  Toy: error 0.32 of the photos' variance, 18.9 dB, after a minute
+on two cores. The noise in the drawings alone is 0.25.
 A broken run: `used` stays below 50 of 512, the codebook has collapsed.
 DIFFERS FROM THE PAPER  The codes are moving averages, which its appendix A.1
 names but its experiments did not use. They forget faster (0.9 a step; there
@@ -145,7 +145,7 @@ class Quantiser(nn.Module):
         dead = shares < 0.1 / K  # tuned
         picked = vectors[torch.randint(len(vectors), (K,))]  # (K, D)
         self.codes.copy_(torch.where(dead[:, None], picked, codes))
-        self.shares.copy_(torch.where(dead, 1 / K, shares))  # dead after 22 steps without vectors
+        self.shares.copy_(torch.where(dead, 1 / K, shares))  # from 1 / K, dead in 22 idle steps
 
 
 class VQVAE(nn.Module):
@@ -218,20 +218,20 @@ def reconstruct_epoch(model, optimizer, images, args, epoch):
 def measure(model, images, args):
     """Loss, error, PSNR, perplexity and codes in use over a whole split."""
     model.eval()
-    use, error, commitments = 0, 0.0, 0.0
+    use, mse, commitments = 0, 0.0, 0.0
     for batch in images.split(args.batch_size):
         x = batch / 255
         output, commitment, ids = model(x)
-        error += F.mse_loss(output, x).item() * len(x) / len(images)
+        mse += F.mse_loss(output, x).item() * len(x) / len(images)
         commitments += commitment.item() * len(x) / len(images)
         use += torch.bincount(ids.flatten(), minlength=args.net[4])  # (K,)
     ## Perplexity, exp of the entropy of the codes' use, is 512 if all 512 are used alike, 1 if only
     ## one is. It is counted over all photos, as one batch uses fewer.
     share = use / use.sum()
     return {
-        "val_loss": error / args.variance + COMMITMENT * commitments,
-        "val_error": error / args.variance,
-        "val_psnr": -10 * math.log10(error),  # in dB; half the error is 3 dB more
+        "val_loss": mse / args.variance + COMMITMENT * commitments,
+        "val_error": mse / args.variance,
+        "val_psnr": -10 * math.log10(mse),  # in dB; half the error is 3 dB more
         "val_perplexity": torch.exp(-torch.xlogy(share, share).sum()).item(),
         "val_used": use.count_nonzero().item(),
     }
@@ -385,7 +385,7 @@ def main(argv=None):
 
     ## 1. The photos, a tenth of them to validate with.
     photos, val = load_images(args)
-    args.variance = (photos[:2000] / 255).var().item()  # the unit of errors: that of one grey
+    args.variance = (photos[:2000] / 255).var().item()  # the unit of errors: one grey has 1
 
     ## 2. The network and its optimizer. --resume fills both, else an old run moves to OUT.prev.
     torch.manual_seed(args.seed)
