@@ -15,7 +15,7 @@ RUN IT  python evaluate.py                       every run under checkpoints/
         python evaluate.py checkpoints/unet --photos cat.jpg holiday/
 
 WHAT TO EXPECT  A table in ten seconds, and overlay.png beside the program.
-A broken run stands level with a baseline: all background is over half right.
+A broken run only equals the column "all background", itself over half right.
 """
 
 import io
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("--data", help="toy, pets or a folder; without it, that of the training")
     p.add_argument("--root", help="where pets lie; without it, where they lay in the training")
     p.add_argument("--split", choices=["test", "val", "train"], default="test", help="tune on val")
-    p.add_argument("--blur", type=float, default=0.0, help="10 to 100: radius 10 of 120 pixels")
+    p.add_argument("--blur", type=float, default=0.0, help="by tens; 100: radius 10 of 120 pixels")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="less saves memory")
     p.add_argument("--device", default=str(device), help="cuda, mps, cpu")
     p.add_argument("--as-published", action="store_true", help="also what published numbers mean")
@@ -108,7 +108,7 @@ def check_pairs(pairs):
 
 def inspect_program(path):
     """Look into a .pt2 file, running nothing of it -> what meta.json and its args say, and a copy
-    in memory of what was looked at, as another reader might find other members in the file."""
+    in memory of what was looked at, as torch's reader might see other members than zipfile."""
     members, copy = {}, io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
         if sum(info.file_size for info in old.infolist()) > 2 * path.stat().st_size:
@@ -148,7 +148,7 @@ def open_program(path, device):
         if isinstance(meta["size"], int):
             meta["size"] = [meta["size"]] * 2
         x = torch.rand(3, 3, *meta["size"], device=device)
-        x[0] *= 0.1  # dark, so that a network that looks at the whole batch shows
+        x[0] *= 0.1  # dark: would another photo of the batch change the answer?
         logits = segment(x)
         with FlopCounterMode(display=False) as counter:
             alone = segment(x[:1])
@@ -233,7 +233,7 @@ def soft_sums(logits, masks):
 
 
 def published_scores(counts, soft, classes):
-    """What five earlier projects called Dice, IoU or accuracy, on this network's answers. D1, D2,
+    """Seven ways in which five earlier projects scored, for this network's answers. D1, D2, and
     D6 take sigmoids, so they mean nothing for a network that was trained with a softmax."""
     first = first_of(len(classes))
     counts, soft = counts.double(), soft.double()
@@ -243,7 +243,7 @@ def published_scores(counts, soft, classes):
         return torch.stack([part.sum(0) for part in sums.split(size)])
 
     # D1: soft, of each photo, its classes counted together. Of one-hot outputs of three classes it
-    # is the accuracy. D2: a second sigmoid on top: P is 0.5 to 0.73, and low even if all is right.
+    # is the accuracy. D2: a second sigmoid: P is 0.5 to 0.73, Dice is low even if all is right.
     # D6: as D1, but 4 photos are counted together; published as a loss, 1 - D6.
     pools = {"D1": soft[:, 0], "D2": soft[:, 1], "D6": pooled(soft[:, 0], 4)}
     for key, sums in pools.items():
@@ -358,7 +358,7 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
+        # colours, say 1 for red. (With just two colours, the greys: white may be number 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

@@ -2,7 +2,7 @@
 
 WHAT IT DOES  Photos (B, 3, H, W) become logits (B, C, H, W), a score of every
 class for every pixel (Chaurasia & Culurciello 2017). The encoder is a ResNet.
-The decoder adds what it had at each size, and so stays narrow and fast.
+The decoder adds the encoder's maps, and so stays narrow and fast.
 
     photo 3 x 64 x 64                                logits classes x 64 x 64
     64 x 16 x 16 ------------------- + -----------------> 64 x 16 x 16
@@ -220,7 +220,7 @@ def augment(images, masks):
 def linknet_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
-    ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
+    ## All that is random in an epoch comes from this seed: with the same --epochs, a run that was
     ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
@@ -371,7 +371,7 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
+        # colours, say 1 for red. (With just two colours, the greys: white may be number 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))

@@ -236,7 +236,7 @@ def draw_masks(B, args):
 def pretrain_epoch(model, optimizer, images, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
-    ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
+    ## All that is random in an epoch comes from this seed: with the same --epochs, a run that was
     ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)

@@ -21,8 +21,9 @@ RUN IT  python unet.py                           drawn cats and dogs
         python evaluate.py checkpoints/unet      scores on photos never seen
 
 WHAT TO EXPECT  Toy: test mIoU 0.83, a minute on two cores; all one class: 0.23
-DIFFERS FROM THE PAPER  Convolutions are padded (the paper crops) and followed
-by batch normalisation; AdamW, BCE + Dice, no extra weight near the borders.
+DIFFERS FROM THE PAPER  Fewer channels (its own: --width 64); convolutions are
+padded (the paper crops) and followed by batch normalisation; AdamW, BCE + Dice,
+no extra weight near the borders.
 """
 
 import json
@@ -219,7 +220,7 @@ def augment(images, masks):
 def train_epoch(model, optimizer, images, masks, args, epoch):
     """One pass over the training photos -> mean loss, and the learning rate at its end."""
     model.train()
-    ## All that is random in an epoch comes from this number: with the same --epochs, a run that was
+    ## All that is random in an epoch comes from this seed: with the same --epochs, a run that was
     ## stopped goes on as it would have, on a CPU to the bit, and no generator's state is kept.
     torch.manual_seed(args.seed * 100003 + epoch)
     steps = math.ceil(len(images) / args.batch_size)
@@ -370,7 +371,7 @@ def read_pair(pair, args):
             raise ValueError(f"{photo.size} {photo.mode} with {mask.size} {mask.format}")
         photo = photo.convert("RGB").resize(args.size[::-1], Image.BILINEAR)
         # The labels are the grey values, or the numbers that a PNG with a palette has for its
-        # colours, say 1 for red. (Not if it has but two: of black and white, white may be 0.)
+        # colours, say 1 for red. (With just two colours, the greys: white may be number 0.)
         labels = np.array(mask.convert("L").resize(args.size[::-1], Image.NEAREST))
         if mask.mode == "P" and mask.format == "PNG" and len(mask.palette.colors) > 2:
             labels = np.array(mask.resize(args.size[::-1], Image.NEAREST))
