@@ -77,7 +77,7 @@ def parse_args(argv=None):
 
 
 # --- plan ----------------------------------------------------------------------------------------
-## Two arms of a comparison differ in one thing. Seeds, learning rate are the same, the steps
+## Two arms of a comparison differ in one thing. Seeds and learning rate are the same, the steps
 ## with labels nearly so. (Networks side by side differ in everything.) An arm is a line of a table:
 ## its label, the command of its training, and that of the pre-training before it, if there is one.
 
