@@ -278,10 +278,11 @@ def check(model, images, masks, args):
     each photo's own mean colour."""
     model.eval()
     use, guess, fill, commitments = 0, 0.0, 0.0, 0.0
+    unit = masks.sum() * args.variance
     for x, hidden in zip(images.split(args.batch_size), masks.split(args.batch_size)):
         x, hidden = x.to(args.device) / 255, hidden.to(args.device)
         output, commitment, ids = model(torch.where(hidden, FILL, x))
-        part = hidden.sum() / masks.sum() / args.variance  # of all hidden pixels
+        part = hidden.sum() / unit  # of all hidden pixels, for an error in units of the variance
         guess += hidden_error(output, x, hidden) * part
         fill += hidden_error(mean_fill(x, hidden), x, hidden) * part
         commitments += commitment * len(x) / len(images)
@@ -415,8 +416,9 @@ def list_catdog(args):
             sys.exit(f"{error}: unpack {datasets.CIFAR10.url} in {args.root} by hand")
         cats += [pixels for pixels, label in zip(cifar.data, cifar.targets) if label == 3]
         dogs += [pixels for pixels, label in zip(cifar.data, cifar.targets) if label == 5]
+    part = Path(args.root, "unpacking")
     for name, url in COLLECTIONS.items():
-        folder, part = Path(args.root, name), Path(args.root, "unpacking")
+        folder = Path(args.root, name)
         if args.download and not folder.exists():
             shutil.rmtree(part, ignore_errors=True)  # half a file would pass for a whole one
             try:
