@@ -8,7 +8,7 @@ YOU WILL LEARN  what makes a comparison fair: the same steps and the same seeds
 -> plan; why a difference is taken seed by seed before it is averaged -> paired;
 what earlier projects published, under its true definition -> PUBLISHED
 
-RUN IT  python experiments.py quick              four of them, on drawn pets
+RUN IT  python experiments.py quick              four of them, with drawn pets
         python experiments.py labels steps --data pets --jobs 2
         python experiments.py --table checkpoints/experiments/results.json
 
@@ -53,15 +53,15 @@ def parse_args(argv=None):
     names = f"{', '.join(EXPERIMENTS)}; or all; or quick: {', '.join(QUICK)} on drawn pets"
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help=names)
-    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="but for the last three")
+    p.add_argument("--data", choices=["toy", "pets"], default="toy", help="not for the last three")
     p.add_argument("--root", default="data", help="where the data sets lie")
     p.add_argument("--size", type=int, default=64, help="side in pixels; quick: 32")
     p.add_argument("--seeds", type=int, choices=range(1, 6), default=3, help="per arm; quick: 1")
-    p.add_argument("--epochs", type=int, default=6, help="with all labels, but for steps; quick: 2")
+    p.add_argument("--epochs", type=int, default=6, help="with all labels; not for steps; quick: 2")
     p.add_argument("--pretrain-epochs", type=int, default=4, help="with all photos; quick: 1")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
-    p.add_argument("--table", metavar="FILE", help="redo tables and charts of a results.json")
+    p.add_argument("--table", metavar="FILE", help="print the tables of a results.json")
     p.add_argument("--out", default="checkpoints/experiments", help="runs and results")
     args = p.parse_args(argv)
     if args.names == ["quick"]:
@@ -101,8 +101,8 @@ def tuned(label, pre, frac, epochs, flags=""):
     return {"label": label, "command": command, "pre": pre}
 
 
-def pair(args, x, frac, epochs, kind="", flags=""):
-    """Two arms, pre-trained and from scratch; x is what a chart has across."""
+def two_arms(args, x, frac, epochs, kind="", flags=""):
+    """Pre-trained and from scratch; x is what a chart has across."""
     pre = pretraining(args, flags=flags)
     return [
         tuned(f"{kind}pre-trained, {x}", pre, frac, epochs, flags),
@@ -130,18 +130,18 @@ def plan(args, name):
     pre, arms = pretraining(args), []
     if name == "labels":  # what is pre-training worth, by the share of the labels?
         for frac in FRACS[args.data]:
-            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs)
+            arms += two_arms(args, f"{100 * frac:g} %", frac, args.epochs)
         arms.append(longer(args, "scratch, as long, 100 %"))
     elif name == "steps":  # how long does its lead last, with codes and without?
         steps = math.ceil(0.1 * PHOTOS[args.data][1] / 16)  # an epoch: a tenth, in batches of 16
         for epochs in [5, 10, 30, 120]:
             x = f"{epochs * steps} steps"
-            arms += pair(args, x, 0.1, epochs * 0.1)
-            arms += pair(args, x, 0.1, epochs * 0.1, "no codes, ", NO_CODES)
+            arms += two_arms(args, x, 0.1, 0.1 * epochs)
+            arms += two_arms(args, x, 0.1, 0.1 * epochs, "no codes, ", NO_CODES)
     elif name == "codebook":  # what do the codes cost?
         for frac in [1.0, 0.25]:
-            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs, "codes, ")
-            arms += pair(args, f"{100 * frac:g} %", frac, args.epochs, "no codes, ", NO_CODES)
+            arms += two_arms(args, f"{100 * frac:g} %", frac, args.epochs, "codes, ")
+            arms += two_arms(args, f"{100 * frac:g} %", frac, args.epochs, "no codes, ", NO_CODES)
     elif name == "pretraining":  # do more unlabelled photos help?
         arms = [tuned("all", pre, 1.0, args.epochs)]
         arms.append(tuned("half", pretraining(args, 0.5), 1.0, args.epochs))
@@ -194,10 +194,10 @@ def words_of(args, command, seed, init="none"):
 
 def training_of(args, arm, seed):
     """The words of an arm's training."""
+    init = "none"
     if arm["pre"]:
-        weights = Path(words_of(args, arm["pre"], seed)[-1], "best.pt")
-        return words_of(args, arm["command"], seed, str(weights))
-    return words_of(args, arm["command"], seed)
+        init = words_of(args, arm["pre"], seed)[-1] + "/best.pt"
+    return words_of(args, arm["command"], seed, init)
 
 
 def run_child(words, threads):
@@ -228,7 +228,7 @@ def run_all(args, commands):
 
 
 def evaluate(args, folders, blur):
-    """Have evaluate.py score the runs that have no scores yet -> {folder: record}."""
+    """Have evaluate.py score the runs that have no scores yet -> {folder: what it wrote}."""
     name, collected = f"test-{blur}.json", Path(args.out, "scores.json")
     todo = [folder for folder in folders if not Path(folder, name).exists()]
     if todo:
@@ -242,14 +242,14 @@ def evaluate(args, folders, blur):
 
 def collect(args, name, arms):
     """A flat record for each run of an experiment, and for each blur: what it is, its scores."""
-    runs, records = {}, []
+    trained, records = {}, []
     for arm in arms:
         for seed in range(args.seeds):
             words = training_of(args, arm, seed)
-            runs[words[-1]] = (arm, seed, f"python {shlex.join(words)}")
+            trained[words[-1]] = (arm, seed, f"python {shlex.join(words)}")
     for blur in BLURS.get(name, [0]):
-        tested = evaluate(args, list(runs), blur)
-        for folder, (arm, seed, command) in runs.items():
+        tested = evaluate(args, list(trained), blur)
+        for folder, (arm, seed, command) in trained.items():
             record = {"experiment": name, "arm": arm["label"], "seed": seed, "run": folder}
             record |= {"command": command, "pretraining": None}
             if name == "blur":
@@ -283,16 +283,15 @@ PUBLISHED = {
     ("blur", "VQ-VAE, pre-trained, 100 %"): {"D1_dice": 0.621, "D4_accuracy": 0.621},
     ("models", "LinkNet"): {"D3_dice": 0.857, "D3_iou": 0.768},
     ("models", "SegNet"): {"D2_dice": 0.511, "D2_iou": 0.343, "D4_accuracy": 0.875},
-    ("camvid", "original"): {"D7_dice": 0.676},  # of validation photos
-    ("camvid", "modified"): {"D7_dice": 0.652},  # of validation photos
-    ("retina", "U-Net"): {"D6_dice": 0.884},  # of training photos
+    ("camvid", "original"): {"D7_dice": 0.676},  # theirs: of validation photos
+    ("camvid", "modified"): {"D7_dice": 0.652},  # the same
+    ("retina", "U-Net"): {"D6_dice": 0.884},  # theirs: of training photos
     ("puzzle", "transposed"): {"D5_iou": 0.925},
 }
 NOTES = {
     "steps": "A tenth of the labels.",
     "codebook": "The gain is that of no codes over codes.",
     "imbalance": "The control has as many photos, of all breeds.",
-    "minutes": "On one core, with --bf16.",
     "puzzle": "With four test photos, differences of half a point mean nothing.",
 }
 USUAL = ["val_miou", "miou", "accuracy"]
@@ -359,7 +358,7 @@ def gains(name, groups, number):
     """{arm: by how much it is ahead of its first (0) or second (1) control}, as text."""
     found = {}
     for label, group in groups.items():
-        for control in controls_of(name, label)[number : number + 1]:
+        for control in controls_of(name, label)[number : number + 1]:  # one or none
             if control in groups and control != label:
                 mean, half = paired(group, groups[control])
                 found[label] = f"{mean:+.4f} ± {half:.4f}" if half else f"{mean:+.4f}"
@@ -410,7 +409,7 @@ def chart(records, name):
     lines = {}
     for label, group in grouped(records, name).items():
         line, _, x = label.rpartition(", ")
-        mean, _ = spread([record["miou"] for record in group.values()])
+        mean = statistics.fmean(record["miou"] for record in group.values())
         lines.setdefault(line, {})[x] = mean
     xs = {x for line in lines.values() for x in line}
     xs = sorted(xs, key=lambda x: float(x.split()[0]))  # evenly spaced, whatever they are
@@ -429,8 +428,8 @@ def chart(records, name):
         colour = ["black", "red", "blue", "green", "orange", "purple"][i % 6]
         svg.append(f'<text x="560" y="{60 + 24 * i}" fill="{colour}">{line}</text>')
         path = []
-        for label, mean in points.items():
-            x = 60 + 110 * xs.index(label)
+        for text, mean in points.items():
+            x = 60 + 110 * xs.index(text)
             y = round(350 - 300 * (mean - low) / (high - low))
             path.append(f"{x},{y}")
             svg.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
