@@ -96,6 +96,18 @@ def test_a_smaller_network_on_blurred_photos(arm):
     assert f"{', '.join(means[:3])} and {means[3]}" in PAGE
 
 
+def test_the_loss_behind_d1():
+    """Each run with the loss of that project, on sharp and on blurred photos."""
+    loss = read("loss")
+    assert loss["line"] in PAGE and f"`{loss['command']}`" in PAGE
+    for seed in range(3):
+        runs = [run for run in loss["runs"] if run["seed"] == seed]
+        assert [run["blur"] for run in runs] == [0, 25, 50, 75, 100]
+        dice = " | ".join(f"{run['D1_dice']:.3f}" for run in runs)
+        sharp = f"{runs[0]['miou']:.4f} | {runs[0]['accuracy']:.4f}"
+        assert f"| theirs, seed {seed} | {sharp} | {dice} |" in PAGE
+
+
 def test_what_was_tried():
     for row in read("tuning"):
         values = ", ".join(map(str, row["values"]))
