@@ -8,7 +8,7 @@ YOU WILL LEARN  what makes a comparison fair: the same steps and the same seeds
 -> plan; why a difference is taken seed by seed before it is averaged -> paired;
 what earlier projects published, under its true definition -> PUBLISHED
 
-RUN IT  python experiments.py quick              four of them, with drawn pets
+RUN IT  python experiments.py quick              four experiments, on drawn pets
         python experiments.py labels steps --data pets --jobs 2
         python experiments.py --table checkpoints/experiments/results.json
 
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     p.add_argument("--pretrain-epochs", type=int, default=4, help="with all photos; quick: 1")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time; several fill a large GPU")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
-    p.add_argument("--table", metavar="FILE", help="print the tables of a results.json")
+    p.add_argument("--table", metavar="FILE", help="print tables, draw charts of a results.json")
     p.add_argument("--out", default="checkpoints/experiments", help="runs and results")
     args = p.parse_args(argv)
     if args.names == ["quick"]:

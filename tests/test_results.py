@@ -98,7 +98,12 @@ def test_a_smaller_network_on_blurred_photos(arm):
 
 def test_the_loss_behind_d1():
     """Each run with the loss of that project, on sharp and on blurred photos."""
-    loss = read("loss")
+    e, loss = load("experiments"), read("loss")
+    groups = e.grouped(read("experiments"), "blur")
+    usual = [list(groups[f"VQ-VAE, scratch, {blur} %"].values()) for blur in (0, 25, 50, 75, 100)]
+    sharp = " | ".join(e.cell([r[key] for r in usual[0]]) for key in ("miou", "accuracy"))
+    dice = [f"{e.spread([r['D1_dice'] for r in group])[0]:.3f}" for group in usual]
+    assert f"| BCE + Dice, three seeds | {sharp} | {' | '.join(dice)} |" in PAGE
     assert loss["line"] in PAGE and f"`{loss['command']}`" in PAGE
     for seed in range(3):
         runs = [run for run in loss["runs"] if run["seed"] == seed]
@@ -106,6 +111,15 @@ def test_the_loss_behind_d1():
         dice = " | ".join(f"{run['D1_dice']:.3f}" for run in runs)
         sharp = f"{runs[0]['miou']:.4f} | {runs[0]['accuracy']:.4f}"
         assert f"| theirs, seed {seed} | {sharp} | {dice} |" in PAGE
+
+
+def test_the_retina_with_dice_alone():
+    (tried,) = [row for row in read("tuning") if "D6_dice" in row]
+    (record,) = [record for record in read("published") if record["experiment"] == "retina"]
+    before, after = tried["D6_dice"]
+    assert before == round(record["D6_dice"], 4)
+    assert f"rises from {before:.3f} to {after:.3f}" in " ".join(PAGE.split())
+    assert f"(D6 of {before:.3f}, {after:.3f})" in tried["what"]
 
 
 def test_what_was_tried():
